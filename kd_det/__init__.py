@@ -1,0 +1,26 @@
+"""kd_det: make a small detector learn from a large one.
+
+The core needs torch and fvcore only; everything that knows a framework is in
+:mod:`kd_det.hosts` and is imported on demand.
+"""
+
+import kd_det.losses
+import kd_det.schedules  # noqa: F401  (fills the registry)
+from kd_det.checks import KDError
+from kd_det.distiller import Distiller, tap_specs
+from kd_det.registry import LOSSES, SCHEDULES
+from kd_det.taps import Tap, TapRecorder
+from kd_det.teacher import FrozenTeacher
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LOSSES",
+    "SCHEDULES",
+    "Distiller",
+    "FrozenTeacher",
+    "KDError",
+    "Tap",
+    "TapRecorder",
+    "tap_specs",
+]

@@ -1,0 +1,114 @@
+"""Reading and writing weights: the formats teachers come in, and the plain student."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_det.checks import fail
+
+DISTILLER_PREFIX = "distiller."
+SUFFIXES = (".pkl", ".pth", ".pt", ".ckpt", ".safetensors")
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Tensors by key from a weights file.
+
+    Understands Detectron2's zoo format (``.pkl``), torch files that hold a state dict directly
+    or under ``"model"`` or ``"state_dict"`` (``.pth``, ``.pt``, ``.ckpt``), and
+    ``.safetensors``. Learned adaptors (``distiller.*``) of an earlier distillation and the
+    ``module.`` prefix of DDP are dropped.
+
+    Only data is read: a file that would execute code is refused.
+
+    Raises:
+        KDError: the file is missing, empty, of an unknown format, unreadable, or holds no
+            tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        fail(
+            expected="a weights file",
+            received=f"'{path}', which does not exist",
+            remedy="give the path of a .pkl, .pth or .safetensors file",
+        )
+    if path.suffix not in SUFFIXES:
+        fail(
+            expected=f"weights as {', '.join(SUFFIXES)}",
+            received=f"'{path}'",
+            remedy="convert the file, or rename it to its true format",
+        )
+    try:
+        loaded = _load(path)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, OSError) as error:
+        fail(
+            expected=f"'{path}' to be a readable {path.suffix} file of tensors",
+            received=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            remedy="download or save it again",
+        )
+    weights = {_clean(k): _tensor(v) for k, v in _state_dict(loaded).items() if _is_array(v)}
+    weights = strip_distiller(weights)
+    if not weights:
+        fail(
+            expected=f"tensors in '{path}'",
+            received="none",
+            remedy="give a checkpoint that holds a model",
+        )
+    return weights
+
+
+def strip_distiller(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The student's own keys: everything but ``distiller.*``."""
+    return {k: v for k, v in state_dict.items() if not k.startswith(DISTILLER_PREFIX)}
+
+
+def _load(path: Path) -> Any:
+    if path.suffix == ".pkl":
+        with path.open("rb") as file:
+            return _NumpyUnpickler(file, encoding="latin1").load()
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class _NumpyUnpickler(pickle.Unpickler):
+    """Zoo files hold dicts of numpy arrays; nothing else may be constructed."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] in ("numpy", "collections", "_codecs") and name in (
+            "_reconstruct",
+            "ndarray",
+            "dtype",
+            "scalar",
+            "_frombuffer",
+            "OrderedDict",
+            "encode",
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not data")
+
+
+def _state_dict(loaded: Any) -> Mapping[str, Any]:
+    for key in ("model", "state_dict"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            return loaded[key]
+    return loaded if isinstance(loaded, Mapping) else {}
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor) or hasattr(value, "__array__")
+
+
+def _tensor(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.from_numpy(value)
+
+
+def _clean(key: str) -> str:
+    return key.removeprefix("module.")

@@ -1,0 +1,74 @@
+"""The one voice for bad input: what was expected, what was received, and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+from torch import Tensor
+
+
+class KDError(ValueError):
+    """A configuration or input that cannot work, reported before training time is spent."""
+
+
+def fail(*, expected: str, received: str, remedy: str) -> NoReturn:
+    """Raise :class:`KDError` as one sentence that says expected, received and remedy."""
+    raise KDError(f"expected {expected}; received {received}; remedy: {remedy}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"did you mean 'x'? known: ..."``, the remedy for every unknown name."""
+    names = sorted(set(known))
+    lowered = {candidate.lower(): candidate for candidate in names}
+    close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
+    hint = f"did you mean '{lowered[close[0]]}'? " if close else ""
+    return f"{hint}known: {', '.join(names) or '(none)'}"
+
+
+def check_known(what: str, name: str, known: Iterable[str]) -> None:
+    """Refuse a name that is not in ``known``, suggesting the nearest one."""
+    names = list(known)
+    if name not in names:
+        fail(expected=f"a known {what}", received=f"'{name}'", remedy=nearest(name, names))
+
+
+def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value outside a closed set of choices."""
+    if value not in choices:
+        fail(
+            expected=f"{argument} to be one of {', '.join(map(repr, choices))}",
+            received=repr(value),
+            remedy=nearest(str(value), choices),
+        )
+
+
+def check_same_length(loss: str, student: Sequence[object], teacher: Sequence[object]) -> None:
+    """Refuse lists of different length: zipping them would drop a level in silence."""
+    if len(student) != len(teacher) or not student:
+        fail(
+            expected=f"{loss} to get as many student as teacher tensors, at least one",
+            received=f"{len(student)} student and {len(teacher)} teacher tensors",
+            remedy="tap the same levels on both sides",
+        )
+
+
+def check_same_shape(loss: str, student: Tensor, teacher: Tensor) -> None:
+    """Refuse two tensors of different shape, naming both."""
+    if student.shape != teacher.shape:
+        fail(
+            expected=f"{loss} to compare tensors of one shape",
+            received=f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}",
+            remedy="bridge them with an adaptor, or tap layers of the same stride and width",
+        )
+
+
+def check_channels(loss: str, side: str, tensor: Tensor, channels: int) -> None:
+    """Refuse a map whose channel axis (dim 1) is not the one the loss was built for."""
+    if tensor.dim() < 2 or tensor.shape[1] != channels:
+        fail(
+            expected=f"{loss} to get {side} maps with {channels} channels on dim 1",
+            received=f"shape {tuple(tensor.shape)}",
+            remedy="build the loss with the channel count of this tap",
+        )

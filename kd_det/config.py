@@ -1,0 +1,154 @@
+"""The ``HOST`` and ``KD`` keys that every host shares, and one voice for config mistakes."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+from kd_det.checks import KDError, check_known, fail, nearest
+from kd_det.terms import Term, parse_terms
+
+HOSTS = ("detectron2", "torchvision_detection")
+
+
+def add_kd_config(cfg: CfgNode) -> None:
+    """Add ``HOST``, ``KD`` and ``DATASETS.COCO_JSON`` to a yacs config, in place."""
+    node = type(cfg)
+    cfg.HOST = "detectron2"
+    cfg.KD = node()
+    # False trains the plain student from the same file: the honest baseline.
+    cfg.KD.ENABLED = True
+    cfg.KD.TEACHER = node()
+    # A complete config: a path or, on Detectron2, a model-zoo name.
+    cfg.KD.TEACHER.CONFIG_FILE = ""
+    # The teacher's own file; never merged with the student's weights.
+    cfg.KD.TEACHER.WEIGHTS = ""
+    # Only this allows an untrained teacher.
+    cfg.KD.TEACHER.ALLOW_RANDOM = False
+    # name of the logged loss -> {LOSS, WEIGHT, TAPS, SCHEDULE, further loss arguments}
+    cfg.KD.TERMS = node(new_allowed=True)
+    # Iterations after which a term that was always exactly zero is reported by name.
+    cfg.KD.REPORT_PERIOD = 1000
+    if "DATASETS" not in cfg:
+        cfg.DATASETS = node()
+    # name -> [json, image_root]: any COCO-format data set without code.
+    cfg.DATASETS.COCO_JSON = node(new_allowed=True)
+
+
+def read_host(config_file: str) -> str:
+    """The ``HOST`` a config file (with its ``_BASE_``) asks for.
+
+    Raises:
+        KDError: the file is missing or asks for an unknown host.
+    """
+    if not Path(config_file).is_file():
+        fail(
+            expected="--config-file to name a file",
+            received=repr(config_file),
+            remedy="give a path such as configs/reviewkd_frcnn_r50_r101.yaml",
+        )
+    host = CfgNode.load_yaml_with_base(config_file, allow_unsafe=True).get("HOST", "detectron2")
+    check_known("HOST", host, HOSTS)
+    return host
+
+
+def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Merge a file and command-line overrides into ``cfg``, in place.
+
+    Raises:
+        KDError: an unknown key (the nearest known key is suggested) or a value of the wrong
+            type; or a term that :func:`read_terms` refuses.
+    """
+    known = list(_keys(cfg))
+    try:
+        cfg.merge_from_file(config_file)
+        _merge_options(cfg, opts)
+    except (KeyError, AssertionError, ValueError) as error:
+        if isinstance(error, KDError):
+            raise
+        _explain(error, known)
+    check_known("HOST", cfg.HOST, HOSTS)
+    if cfg.KD.ENABLED:
+        read_terms(cfg)
+    return cfg
+
+
+def read_terms(cfg: CfgNode) -> list[Term]:
+    """The parsed ``KD.TERMS``; every name, type and schedule is checked."""
+    return parse_terms(_plain(cfg.KD.TERMS))
+
+
+def _merge_options(cfg: CfgNode, opts: Sequence[str]) -> None:
+    if len(opts) % 2:
+        fail(
+            expected="overrides as KEY VALUE pairs",
+            received=" ".join(opts),
+            remedy="write for example SOLVER.BASE_LR 0.01",
+        )
+    rest: list[str] = []
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        # A term's argument may be unset in the file, and 1 is a fine value for 0.5: yacs would
+        # refuse both, so terms take the value as it is and are checked as terms afterwards.
+        if key.startswith("KD.TERMS."):
+            _set(cfg, key.split("."), _literal(value))
+        else:
+            rest += [key, _as_float(cfg, key, value)]
+    cfg.merge_from_list(rest)
+
+
+def _set(cfg: CfgNode, path: Sequence[str], value: Any) -> None:
+    node = cfg
+    for part in path[:-1]:
+        if part not in node:
+            node[part] = type(cfg)()
+        node = node[part]
+    node[path[-1]] = type(cfg)(value) if isinstance(value, dict) else value
+
+
+def _as_float(cfg: CfgNode, key: str, value: str) -> Any:
+    """``SOLVER.BASE_LR 1`` means 1.0: yacs does not take an int for a float."""
+    node: Any = cfg
+    for part in key.split("."):
+        if not isinstance(node, CfgNode) or part not in node:
+            return value
+        node = node[part]
+    literal = _literal(value)
+    whole = isinstance(literal, int) and not isinstance(literal, bool)
+    return float(literal) if isinstance(node, float) and whole else value
+
+
+def _literal(value: Any) -> Any:
+    try:
+        return ast.literal_eval(value) if isinstance(value, str) else value
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _explain(error: Exception, known: list[str]) -> None:
+    message = str(error.args[0]) if error.args else str(error)
+    if "Non-existent" in message:
+        key = message.rpartition(": ")[2].strip("'\"")
+        same_parent = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
+        fail(
+            expected="a known config key",
+            received=f"'{key}'",
+            remedy=nearest(key, same_parent or [k for k in known if "." not in k]),
+        )
+    fail(expected="a config this host can read", received=message, remedy="correct this value")
+
+
+def _plain(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {k: _plain(v) for k, v in node.items()}
+    return node

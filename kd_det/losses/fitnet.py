@@ -1,0 +1,138 @@
+"""FitNet: hints (Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015,
+https://arxiv.org/abs/1412.6550).
+
+Shapes: student map ``[N, C_s, H_s, W_s]``, teacher map ``[N, C_t, H_t, W_t]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kd_det.adaptors import ConvAdaptor, Size
+from kd_det.checks import check_channels, check_same_length, check_same_shape, fail
+from kd_det.losses.base import (
+    DistillLoss,
+    TapSpec,
+    full_precision,
+    no_autocast,
+    zero_in_graph,
+)
+from kd_det.registry import LOSSES
+
+
+def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared error averaged over everything (RepDistiller, mdistiller).
+
+    The paper's ``1/2 ||.||^2`` summed per sample differs by a constant factor only; a published
+    weight belongs to one of the two.
+
+    Args:
+        student: the adapted student map, of the teacher's shape.
+        teacher: the teacher's map; no gradient flows into it.
+
+    Returns:
+        Scalar; an exact zero in the graph for an empty batch.
+
+    Raises:
+        KDError: the shapes differ.
+    """
+    check_same_shape("FitNet", student, teacher)
+    if student.numel() == 0:
+        return zero_in_graph([student])
+    with no_autocast(student):
+        return F.mse_loss(full_precision(student), full_precision(teacher.detach()))
+
+
+@LOSSES.register("FitNet")
+class FitNetLoss(DistillLoss):
+    """Regress each teacher map from the student's through a :class:`ConvAdaptor`.
+
+    Args:
+        student_channels: channels per student map.
+        teacher_channels: channels per teacher map.
+        student_sizes: fixed ``(H, W)`` per student map (classification), or None for detectors,
+            where the adaptor is 1x1 and the adapted map is resized bilinearly if sizes differ.
+        teacher_sizes: likewise for the teacher.
+        relu: end the adaptor in a ReLU. True fits ResNet stages, which end in one; use False on
+            FPN levels, which are signed.
+
+    Raises:
+        KDError: lists of different length, or sizes that cannot be bridged.
+    """
+
+    from_taps: ClassVar[tuple[str, ...]] = (
+        "student_channels",
+        "teacher_channels",
+        "student_sizes",
+        "teacher_sizes",
+    )
+
+    def __init__(
+        self,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        student_sizes: Sequence[Size] | None = None,
+        teacher_sizes: Sequence[Size] | None = None,
+        relu: bool = True,
+    ) -> None:
+        super().__init__()
+        check_same_length("FitNet", student_channels, teacher_channels)
+        n = len(student_channels)
+        sizes_s: Sequence[Size | None] = student_sizes or [None] * n
+        sizes_t: Sequence[Size | None] = teacher_sizes or [None] * n
+        check_same_length("FitNet", sizes_s, student_channels)
+        check_same_length("FitNet", sizes_t, student_channels)
+        self.student_channels = list(student_channels)
+        self.adaptors = nn.ModuleList(
+            ConvAdaptor(c_s, c_t, size_s, size_t, relu)
+            for c_s, c_t, size_s, size_t in zip(
+                student_channels, teacher_channels, sizes_s, sizes_t, strict=True
+            )
+        )
+
+    @classmethod
+    def tap_arguments(
+        cls, student: Sequence[TapSpec], teacher: Sequence[TapSpec], given: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Widths, and sizes where both sides have fixed ones; else equal strides are required."""
+        both = [*student, *teacher]
+        fixed = all(spec.size is not None for spec in both)
+        if not fixed:
+            for s, t in zip(student, teacher, strict=False):
+                if s.stride != t.stride:
+                    fail(
+                        expected="FitNet taps of the same stride on both sides",
+                        received=f"student stride {s.stride}, teacher stride {t.stride}",
+                        remedy="tap the stage of the same stride, for example c3 on both",
+                    )
+        return {
+            "student_channels": [spec.channels for spec in student],
+            "teacher_channels": [spec.channels for spec in teacher],
+            "student_sizes": [spec.size for spec in student] if fixed else None,
+            "teacher_sizes": [spec.size for spec in teacher] if fixed else None,
+        }
+
+    def forward(self, student: list[Tensor], teacher: list[Tensor], **context: Any) -> Tensor:
+        """Sum over taps of :func:`hint_loss` on adapted maps. Scalar."""
+        check_same_length("FitNet", student, teacher)
+        check_same_length("FitNet", student, self.student_channels)
+        losses = []
+        for adaptor, s, t, channels in zip(
+            self.adaptors, student, teacher, self.student_channels, strict=True
+        ):
+            check_channels("FitNet", "student", s, channels)
+            if s.numel() == 0:
+                losses.append(zero_in_graph([s, *adaptor.parameters()]))
+                continue
+            adapted = adaptor(full_precision(s))
+            if adapted.shape[-2:] != t.shape[-2:]:
+                adapted = F.interpolate(
+                    adapted, t.shape[-2:], mode="bilinear", align_corners=False
+                )
+            losses.append(hint_loss(adapted, t))
+        return torch.stack(losses).sum()

@@ -1,0 +1,132 @@
+"""KD: softened logits (Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network",
+2015, https://arxiv.org/abs/1503.02531).
+
+Shapes: M rows (images, RoIs, anchors), J classes; for a Detectron2 box head J = K + 1 with the
+background last, for torchvision background first: only the agreement of both sides matters.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kd_det.checks import check_choice, check_same_length, check_same_shape, fail
+from kd_det.losses.base import DistillLoss, full_precision, no_autocast, zero_in_graph
+from kd_det.registry import LOSSES
+
+REDUCTIONS = ("batchmean", "mean", "foreground")
+ACTIVATIONS = ("softmax", "sigmoid")
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 1.0,
+    reduction: Literal["batchmean", "mean", "foreground"] = "batchmean",
+    activation: Literal["softmax", "sigmoid"] = "softmax",
+) -> Tensor:
+    r"""``T^2 * KL(p_t || q_s)`` between softened predictions.
+
+    Args:
+        student_logits: ``[M, J]``, or ``[M, ...]`` for sigmoid; any floating dtype, computed in
+            at least float32.
+        teacher_logits: same shape; no gradient flows into it.
+        temperature: T > 0 dividing both logits. T^2 keeps the gradient's size independent of T.
+        reduction: ``"batchmean"`` sums over classes and averages rows (RepDistiller,
+            mdistiller); ``"mean"`` averages every element, J times smaller;
+            ``"foreground"`` (ours, sigmoid only) sums everything and divides by the teacher's
+            expected number of foreground rows, at least 1, as focal loss divides by positives.
+        activation: ``"softmax"`` for exclusive classes; ``"sigmoid"`` for independent ones
+            (RetinaNet, FCOS, masks), a Bernoulli KL per element (ours).
+
+    Returns:
+        Scalar. An exact zero in the graph if there are no rows.
+
+    Raises:
+        KDError: shapes differ, an unknown choice, or a temperature that is not positive.
+    """
+    check_same_shape("KD", student_logits, teacher_logits)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("activation", activation, ACTIVATIONS)
+    _check_arguments(temperature, reduction, activation)
+    if student_logits.numel() == 0:
+        return zero_in_graph([student_logits])
+    with no_autocast(student_logits):
+        student = full_precision(student_logits) / temperature
+        teacher = full_precision(teacher_logits.detach()) / temperature
+        if activation == "softmax":
+            total = F.kl_div(
+                F.log_softmax(student, dim=-1),
+                F.log_softmax(teacher, dim=-1),
+                reduction="sum",
+                log_target=True,
+            )
+        else:
+            total = _bernoulli_kl(student, teacher)
+        total = total * temperature**2
+        if reduction == "mean":
+            return total / student.numel()
+        if reduction == "batchmean":
+            return total / student.shape[0]
+        foreground = torch.sigmoid(teacher).flatten(1).amax(dim=1).sum()
+        return total / foreground.clamp(min=1.0)
+
+
+def _bernoulli_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    # BCE(student, p_t) - H(p_t), both in logit form so that saturated logits stay finite.
+    probability = torch.sigmoid(teacher)
+    cross = F.binary_cross_entropy_with_logits(student, probability, reduction="sum")
+    entropy = F.binary_cross_entropy_with_logits(teacher, probability, reduction="sum")
+    return cross - entropy
+
+
+def _check_arguments(temperature: float, reduction: str, activation: str) -> None:
+    if not temperature > 0:
+        fail(
+            expected="KD to get a temperature above 0",
+            received=str(temperature),
+            remedy="use 1 for detectors, 4 for CIFAR classifiers",
+        )
+    if reduction == "foreground" and activation != "sigmoid":
+        fail(
+            expected="reduction 'foreground' with activation 'sigmoid'",
+            received=f"activation '{activation}'",
+            remedy="softmax heads have a background class: use 'batchmean' or 'mean'",
+        )
+
+
+@LOSSES.register("KD")
+class KDLoss(DistillLoss):
+    """:func:`kd_loss`, averaged over the pairs (the stages of a cascade).
+
+    Args:
+        temperature: see :func:`kd_loss`. 1 is what every public detector code uses; CIFAR 4.
+        reduction: see :func:`kd_loss`.
+        activation: see :func:`kd_loss`.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        reduction: Literal["batchmean", "mean", "foreground"] = "batchmean",
+        activation: Literal["softmax", "sigmoid"] = "softmax",
+    ) -> None:
+        super().__init__()
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("activation", activation, ACTIVATIONS)
+        _check_arguments(temperature, reduction, activation)
+        self.temperature = temperature
+        self.reduction = reduction
+        self.activation = activation
+
+    def forward(self, student: list[Tensor], teacher: list[Tensor], **context: Any) -> Tensor:
+        """Mean over pairs of ``[M_i, J]`` logits. Scalar."""
+        check_same_length("KD", student, teacher)
+        pairs = [
+            kd_loss(s, t, self.temperature, self.reduction, self.activation)  # type: ignore[arg-type]
+            for s, t in zip(student, teacher, strict=True)
+        ]
+        return torch.stack(pairs).mean()
