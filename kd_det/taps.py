@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from kd_det.checks import fail, nearest
+from kd_det.teacher import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class TapRecorder:
     """Records the taps of one model.
 
     Args:
-        model: the module to listen to. It is not changed and its forward is not wrapped.
+        model: the module to listen to, or a frozen teacher. It is not changed and its forward is
+            not wrapped. A deep copy of a module that owns its recorder listens to the copy; a
+            frozen teacher stays shared.
         taps: name to :class:`Tap`, or to a plain module path.
 
     Raises:
@@ -56,18 +59,24 @@ class TapRecorder:
         >>> taps.read()["mid"].shape
     """
 
-    def __init__(self, model: nn.Module, taps: Mapping[str, Tap | str]) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module | FrozenTeacher, taps: Mapping[str, Tap | str]) -> None:
+        self._target = model
         self.taps = {n: Tap(t) if isinstance(t, str) else t for n, t in taps.items()}
         self._captured: dict[str, list[tuple[Any, list[tuple[Tensor, int]]]]] = {}
-        paths = dict(model.named_modules())
+        paths = dict(self.model.named_modules())
         for name, tap in self.taps.items():
             if tap.path not in paths:
                 fail(
-                    expected=f"tap '{name}' to name a module of {type(model).__name__}",
+                    expected=f"tap '{name}' to name a module of {type(self.model).__name__}",
                     received=f"'{tap.path}'",
                     remedy=_suggest_path(tap.path, paths),
                 )
+
+    @property
+    def model(self) -> nn.Module:
+        """The module that is listened to."""
+        target = self._target
+        return target.model if isinstance(target, FrozenTeacher) else target
 
     @contextmanager
     def recording(self) -> Iterator[TapRecorder]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -83,6 +83,28 @@ def _parse_term(name: str, node: dict[str, Any]) -> Term:
         arguments=arguments,
         schedule=dict(raw_schedule),
     )
+
+
+def check_heads(terms: Sequence[Term], sigmoid_taps: Collection[str]) -> None:
+    """Refuse softmax distillation of heads that were trained with sigmoid cross-entropy.
+
+    Args:
+        terms: parsed terms.
+        sigmoid_taps: names of taps whose logits belong to independent classes.
+    """
+    for term in terms:
+        parameters = inspect.signature(LOSSES.get(term.loss).__init__).parameters
+        if "activation" not in parameters:
+            continue
+        activation = term.arguments.get("activation", parameters["activation"].default)
+        for tap, _ in term.taps:
+            if activation == "softmax" and tap in sigmoid_taps:
+                fail(
+                    expected=f"ACTIVATION sigmoid for term '{term.name}' on '{tap}', a head with "
+                    "independent classes",
+                    received="softmax",
+                    remedy="set ACTIVATION: sigmoid",
+                )
 
 
 def build_schedule(where: str, node: Mapping[str, Any]) -> Any:

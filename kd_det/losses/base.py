@@ -34,7 +34,6 @@ class DistillLoss(nn.Module):
     Attributes:
         needs: context a host must offer, passed to ``forward`` by keyword (``"gt_boxes"``).
         from_taps: constructor arguments that :meth:`tap_arguments` provides.
-        softmax_logits: whether the loss is meaningless on heads trained with sigmoid CE.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()

@@ -7,6 +7,7 @@ background last, for torchvision background first: only the agreement of both si
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kd_det.checks import check_choice, check_same_length, check_same_shape, fail
-from kd_det.losses.base import DistillLoss, full_precision, no_autocast, zero_in_graph
+from kd_det.losses.base import (
+    DistillLoss,
+    TapSpec,
+    full_precision,
+    no_autocast,
+    zero_in_graph,
+)
 from kd_det.registry import LOSSES
 
 REDUCTIONS = ("batchmean", "mean", "foreground")
@@ -122,6 +129,21 @@ class KDLoss(DistillLoss):
         self.reduction = reduction
         self.activation = activation
 
+    @classmethod
+    def tap_arguments(
+        cls, student: Sequence[TapSpec], teacher: Sequence[TapSpec], given: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Nothing to fill in; refuses heads of different class counts or mask sizes."""
+        for s, t in zip(student, teacher, strict=False):
+            if (s.channels, s.size) != (t.channels, t.size):
+                fail(
+                    expected="KD between heads of the same classes",
+                    received=f"student {_head(s)}, teacher {_head(t)}",
+                    remedy="use a teacher that was trained on the student's classes, or distil "
+                    "features instead",
+                )
+        return {}
+
     def forward(self, student: list[Tensor], teacher: list[Tensor], **context: Any) -> Tensor:
         """Mean over pairs of ``[M_i, J]`` logits. Scalar."""
         check_same_length("KD", student, teacher)
@@ -130,3 +152,8 @@ class KDLoss(DistillLoss):
             for s, t in zip(student, teacher, strict=True)
         ]
         return torch.stack(pairs).mean()
+
+
+def _head(spec: TapSpec) -> str:
+    size = f" at {spec.size[0]}x{spec.size[1]}" if spec.size else ""
+    return f"{spec.channels} logits{size}"

@@ -160,7 +160,21 @@ class ReviewKDLoss(DistillLoss):
     def tap_arguments(
         cls, student: Sequence[TapSpec], teacher: Sequence[TapSpec], given: dict[str, Any]
     ) -> dict[str, Any]:
-        """Channel widths of both sides."""
+        """Channel widths of both sides; the order of the levels is checked."""
+        strides = [spec.stride or 0 for spec in student]
+        if strides != sorted(strides):
+            fail(
+                expected="ReviewKD TAPS from shallow to deep",
+                received=f"strides {strides}",
+                remedy="list the levels in order, for example [p2, p3, p4, p5, p6]",
+            )
+        for s, t in zip(student, teacher, strict=False):
+            if s.stride != t.stride:
+                fail(
+                    expected="ReviewKD levels of the same stride on both sides",
+                    received=f"student stride {s.stride}, teacher stride {t.stride}",
+                    remedy="tap the same FPN levels of both models",
+                )
         return {
             "in_channels": [spec.channels for spec in student],
             "out_channels": [spec.channels for spec in teacher],

@@ -1,0 +1,66 @@
+"""The one command line of all hosts; ``tools/train_net.py`` only calls :func:`main`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+
+from kd_det.checks import KDError, fail
+from kd_det.config import read_host
+
+INSTALL_GUIDE = "https://detectron2.readthedocs.io/tutorials/install.html"
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Detectron2's own flags, with the same meaning on every host."""
+    parser = argparse.ArgumentParser(
+        description="Train or evaluate a distilled detector.",
+        epilog="example: python tools/train_net.py "
+        "--config-file configs/reviewkd_frcnn_r50_r101.yaml --num-gpus 4",
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="a YAML config")
+    parser.add_argument("--resume", action="store_true", help="continue the run in OUTPUT_DIR")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS only")
+    parser.add_argument("--num-gpus", type=int, default=1, help="GPUs per machine (default 1)")
+    parser.add_argument("--num-machines", type=int, default=1, help="number of machines")
+    parser.add_argument("--machine-rank", type=int, default=0, help="rank of this machine")
+    # Different users of a machine must not meet on one port.
+    port = 2**15 + 2**14 + hash(os.getuid() if hasattr(os, "getuid") else 1) % 2**14
+    parser.add_argument("--dist-url", default=f"tcp://127.0.0.1:{port}", help="rendezvous URL")
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of config keys"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the host a config names. Returns the exit status: 2 for a mistake in the input."""
+    args = argument_parser().parse_args(argv)
+    try:
+        host = read_host(args.config_file)
+        if host == "detectron2":
+            require_detectron2()
+        importlib.import_module(f"kd_det.hosts.{host}.train").main(args)
+    except KDError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def require_detectron2() -> None:
+    """Say what is missing where a config needs Detectron2.
+
+    Raises:
+        KDError: Detectron2 is not installed.
+    """
+    if importlib.util.find_spec("detectron2") is None:
+        fail(
+            expected="Detectron2, which this config runs on",
+            received="no installed package of that name",
+            remedy=f"install it as {INSTALL_GUIDE} describes, or run "
+            "configs/digits_torchvision/reviewkd_frcnn.yaml, which does without",
+        )

@@ -1,0 +1,21 @@
+"""The Detectron2 host: importing it registers the distilled meta-architectures and backbones."""
+
+from kd_det.hosts.detectron2.config import add_kd_config, get_cfg
+from kd_det.hosts.detectron2.meta_arch import (
+    DistilledFCOS,
+    DistilledRCNN,
+    DistilledRetinaNet,
+    Distillation,
+)
+from kd_det.hosts.detectron2.teacher import Teacher, build_teacher
+
+__all__ = [
+    "DistilledFCOS",
+    "DistilledRCNN",
+    "DistilledRetinaNet",
+    "Distillation",
+    "Teacher",
+    "add_kd_config",
+    "build_teacher",
+    "get_cfg",
+]

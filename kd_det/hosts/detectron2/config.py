@@ -1,0 +1,39 @@
+"""Config keys of this host, beside Detectron2's own."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.config import get_cfg as get_stock_cfg
+
+import kd_det.config
+from kd_det.hosts.detectron2.backbones import add_backbone_config
+
+
+def get_cfg() -> CfgNode:
+    """Detectron2's defaults plus the keys of kd_det."""
+    cfg = get_stock_cfg()
+    add_kd_config(cfg)
+    return cfg
+
+
+def add_kd_config(cfg: CfgNode) -> None:
+    """Add ``KD``, ``HOST``, ``DATASETS.COCO_JSON`` and the keys of our backbones, in place."""
+    kd_det.config.add_kd_config(cfg)
+    add_backbone_config(cfg)
+    _add_fcos_config(cfg)
+
+
+def _add_fcos_config(cfg: CfgNode) -> None:
+    """Detectron2 describes its FCOS in Python only; these are that class's own defaults."""
+    cfg.MODEL.FCOS = CfgNode()
+    cfg.MODEL.FCOS.NUM_CLASSES = 80
+    cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    cfg.MODEL.FCOS.NUM_CONVS = 4
+    cfg.MODEL.FCOS.NORM = "GN"
+    cfg.MODEL.FCOS.PRIOR_PROB = 0.01
+    cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
+    cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
+    cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
+    cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
+    cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
+    cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6

@@ -1,0 +1,82 @@
+"""Data sets by name: Detectron2's own, any COCO json, and the digits that are always there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.utils import comm
+
+from kd_det.checks import check_known, fail
+from kd_det.data.coco_json import check_coco_json
+from kd_det.runs import data_root
+
+
+def register_datasets(cfg: CfgNode) -> None:
+    """Register ``DATASETS.COCO_JSON`` and the digits, in Detectron2's catalog.
+
+    Raises:
+        KDError: an entry is not ``[json, image_root]``, or its name means other data already.
+    """
+    digits = data_root() / "digits"
+    for split in ("train", "val"):
+        _register(
+            f"digits_{split}", digits / "annotations" / f"digits_{split}.json", digits / split
+        )
+    for name, entry in cfg.DATASETS.COCO_JSON.items():
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2:
+            fail(
+                expected=f"DATASETS.COCO_JSON.{name} to be [json, image_root]",
+                received=repr(entry),
+                remedy="give the annotation file and the folder its file_name fields start from",
+            )
+        _register(name, Path(entry[0]), Path(entry[1]))
+
+
+def _register(name: str, json_file: Path, image_root: Path) -> None:
+    if name not in DatasetCatalog:
+        register_coco_instances(name, {}, str(json_file), str(image_root))
+        return
+    known = getattr(MetadataCatalog.get(name), "json_file", None)
+    if known != str(json_file):
+        fail(
+            expected=f"a name for {json_file} that is not taken",
+            received=f"'{name}', registered with {known}",
+            remedy="choose another name in DATASETS.COCO_JSON",
+        )
+
+
+def prepare_datasets(cfg: CfgNode, names: Iterable[str]) -> None:
+    """Make sure that every data set of a run is there and sound, before any training time.
+
+    Writes the digits if they are asked for and missing. Called by all ranks.
+
+    Raises:
+        KDError: an unknown name, or a COCO-format data set that is missing or broken.
+    """
+    for name in names:
+        check_known("data set", name, DatasetCatalog.list())
+        if comm.is_main_process():
+            if name in ("digits_train", "digits_val"):
+                from kd_det.data.digits import DigitsSpec, write_digits
+
+                write_digits(data_root() / "digits", DigitsSpec())
+            meta = MetadataCatalog.get(name)
+            if getattr(meta, "evaluator_type", None) == "coco":
+                _check_coco(name, meta.json_file, meta.image_root)
+    comm.synchronize()
+
+
+def _check_coco(name: str, json_file: str, image_root: str) -> None:
+    if name.startswith("coco_") and not Path(json_file).is_file():
+        fail(
+            expected=f"COCO 2017 at $DETECTRON2_DATASETS (now '{data_root()}') as "
+            "coco/annotations/instances_{train,val}2017.json and coco/{train,val}2017/*.jpg",
+            received=f"no file '{json_file}'",
+            remedy="download it from https://cocodataset.org and set DETECTRON2_DATASETS to the "
+            "folder that holds coco/",
+        )
+    check_coco_json(name, json_file, image_root)

@@ -1,0 +1,306 @@
+"""Registered subclasses of the stock meta-architectures: stock forward, recorded.
+
+Each is the stock model with three attributes beside it: ``distiller`` (trainable, in the
+checkpoint under ``distiller.*``), ``teacher`` and ``student_taps`` (plain objects, in neither
+checkpoint, optimiser nor DDP). Inference and every stock key are untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet, build_backbone
+from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
+from torch import Tensor, nn
+
+from kd_det.adaptors import crop_to
+from kd_det.checks import fail
+from kd_det.config import read_terms
+from kd_det.distiller import Distiller
+from kd_det.hosts.detectron2 import taps as host_taps
+from kd_det.hosts.detectron2 import teacher_pass
+from kd_det.hosts.detectron2.teacher import Teacher, build_teacher
+from kd_det.registry import LOSSES
+from kd_det.taps import Tap, TapRecorder
+from kd_det.terms import Term, check_heads
+
+CONTEXT = ("anchors", "gt_boxes")
+HEADS = ("box_logits", "mask_logits", "cls_logits")
+
+
+@dataclass
+class Distillation:
+    """What turns a stock model into a distilled one.
+
+    Attributes:
+        teacher: the frozen teacher and its channel order.
+        terms: the losses.
+        input_format: the student's channel order (``INPUT.FORMAT``).
+        report_period: see :class:`kd_det.Distiller`.
+    """
+
+    teacher: Teacher
+    terms: Sequence[Term]
+    input_format: str
+    report_period: int = 1000
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> Distillation | None:
+        """What ``cfg.KD`` describes; None if it is disabled.
+
+        Raises:
+            KDError: no terms, or anything :func:`read_terms` and :func:`build_teacher` refuse.
+        """
+        if not cfg.KD.ENABLED:
+            return None
+        terms = read_terms(cfg)
+        if not terms:
+            fail(
+                expected="KD.TERMS to name at least one loss",
+                received="none",
+                remedy="add a term, or set KD.ENABLED False for the plain student",
+            )
+        return cls(build_teacher(cfg), terms, cfg.INPUT.FORMAT, cfg.KD.REPORT_PERIOD)
+
+
+class DistillMixin(nn.Module):
+    """The training branch shared by all distilled meta-architectures."""
+
+    distiller: Distiller | None
+
+    def _attach(self, distillation: Distillation | None) -> None:
+        """Build taps and distiller once the stock model exists."""
+        self.distiller = None
+        self.teacher: Teacher | None = None
+        if distillation is None:
+            return
+        teacher = distillation.teacher.frozen.model
+        teacher_pass.check_formats(distillation.input_format, distillation.teacher.input_format)
+        terms = distillation.terms
+        check_heads(terms, host_taps.sigmoid_heads(self) | host_taps.sigmoid_heads(teacher))
+        wanted_s = {s for term in terms for s, _ in term.taps}
+        wanted_t = {t for term in terms for _, t in term.taps}
+        features_s, specs_s = host_taps.feature_taps(self, wanted_s)
+        features_t, specs_t = host_taps.feature_taps(teacher, wanted_t)
+        heads_s, heads_t = host_taps.head_specs(self), host_taps.head_specs(teacher)
+        if "box_logits" in wanted_s:
+            _match_stages(heads_s, heads_t)
+        if "cls_logits" in wanted_s:
+            teacher_pass.check_anchors(self, teacher)
+        # The student's random stream must not depend on the adaptors' initialisation.
+        with torch.random.fork_rng(devices=[]):
+            self.distiller = Distiller(
+                terms,
+                specs_s | heads_s,
+                specs_t | heads_t,
+                CONTEXT,
+                distillation.report_period,
+            )
+        needs = {need for term in terms for need in LOSSES.get(term.loss).needs}
+        self.teacher = distillation.teacher
+        self._flip_channels = distillation.input_format != distillation.teacher.input_format
+        self._heads = wanted_s & set(HEADS)
+        self.student_taps = TapRecorder(
+            self,
+            {"images": Tap("backbone", at="input")}
+            | {name: tap for name, tap in features_s.items() if name in wanted_s}
+            | host_taps.head_taps(self, self._heads | needs),
+        )
+        self.teacher_taps = TapRecorder(
+            distillation.teacher.frozen,
+            {name: tap for name, tap in features_t.items() if name in wanted_t},
+        )
+        # Maps of one stride begin at the same pixel and differ by padding only.
+        self._crop = [
+            (s, t)
+            for term in terms
+            for s, t in term.taps
+            if s in specs_s and t in specs_t and specs_s[s].stride == specs_t[t].stride
+        ]
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """The stock forward; in training its losses plus one weighted loss per term."""
+        if self.distiller is None or not self.training:
+            return super().forward(batched_inputs)
+        with self.student_taps.recording():
+            losses = super().forward(batched_inputs)
+        captures = self.student_taps.read()
+        self.student_taps.release()
+        teacher = self._run_teacher(batched_inputs, captures)
+        extra = self.distiller(
+            self._student_values(captures), teacher, self._context(batched_inputs, captures)
+        )
+        clash = losses.keys() & extra.keys()
+        if clash:
+            fail(
+                expected="names of terms other than the student's own losses",
+                received=", ".join(sorted(clash)),
+                remedy="rename the term in KD.TERMS",
+            )
+        return losses | extra
+
+    def _student_values(self, captures: Mapping[str, Any]) -> dict[str, Any]:
+        values = dict(captures)
+        if "box_logits" in self._heads:
+            stages = host_taps.num_box_stages(self)
+            values["box_logits"] = [captures[f"box_logits.{k}"] for k in range(stages)]
+        if "mask_logits" in self._heads:
+            values["mask_logits"] = teacher_pass.own_class(
+                captures["mask_logits"], captures["mask_instances"]
+            )
+        if "cls_logits" in self._heads:
+            levels = captures["cls_logits"]
+            values["cls_logits"] = teacher_pass.dense_rows(levels, self.num_classes, levels)
+        return values
+
+    def _run_teacher(
+        self, batched_inputs: list[dict[str, Any]], captures: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        images: Tensor = captures["images"]
+        assert self.teacher is not None
+        # Parameters decide the dtype: under autocast images are still float32.
+        self.teacher.frozen.follow(next(self.backbone.parameters()))
+        with self.teacher.frozen.inference() as teacher:
+            padded = (images.shape[-2], images.shape[-1])
+            pixels = teacher_pass.teacher_images(
+                teacher, batched_inputs, self._flip_channels, padded
+            )
+            with self.teacher_taps.recording():
+                features = teacher.backbone(pixels)
+            values = self.teacher_taps.read()
+            self.teacher_taps.release()
+            for tap_s, tap_t in self._crop:
+                values[tap_t] = crop_to(values[tap_t], captures[tap_s])
+            if "box_logits" in self._heads:
+                boxes = captures["boxes"]
+                stages = boxes if host_taps.num_box_stages(self) > 1 else [boxes]
+                values["box_logits"] = teacher_pass.box_logits(teacher, features, stages)
+            if "mask_logits" in self._heads:
+                logits = teacher_pass.mask_logits(teacher, features, captures["mask_boxes"])
+                values["mask_logits"] = teacher_pass.own_class(logits, captures["mask_instances"])
+            if "cls_logits" in self._heads:
+                logits = teacher.head([features[name] for name in teacher.head_in_features])[0]
+                values["cls_logits"] = teacher_pass.dense_rows(
+                    logits, teacher.num_classes, captures["cls_logits"]
+                )
+        return values
+
+    def _context(
+        self, batched_inputs: list[dict[str, Any]], captures: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        if "anchors" not in captures:
+            return {}
+        names = host_taps.anchor_levels(self)
+        anchors = {n: b.tensor for n, b in zip(names, captures["anchors"], strict=True)}
+        boxes = [x["instances"].gt_boxes.tensor.to(self.device) for x in batched_inputs]
+        return {"anchors": anchors, "gt_boxes": boxes}
+
+
+def _match_stages(student: host_taps.Specs, teacher: host_taps.Specs) -> None:
+    """Give the teacher one entry per student stage, as :func:`teacher_pass.box_logits` answers."""
+    if "box_logits" not in student or "box_logits" not in teacher:
+        return  # reported as an unknown tap, with the known ones
+    s, t = student["box_logits"], teacher["box_logits"]
+    teacher_stages = t if isinstance(t, list) else [t]
+    stages = len(s) if isinstance(s, list) else 1
+    teacher_pass.check_stages(stages, len(teacher_stages))
+    if stages != len(teacher_stages):
+        teacher["box_logits"] = [teacher_stages[0]] * stages
+
+
+@META_ARCH_REGISTRY.register()
+class DistilledRCNN(DistillMixin, GeneralizedRCNN):
+    """Faster, Mask or Cascade R-CNN with a frozen teacher beside it."""
+
+    @configurable
+    def __init__(self, *, distillation: Distillation | None = None, **kwargs: Any) -> None:
+        """As ``GeneralizedRCNN``.
+
+        Args:
+            distillation: None for the plain student.
+            **kwargs: arguments of ``GeneralizedRCNN``.
+        """
+        super().__init__(**kwargs)
+        self._attach(distillation)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Arguments from a config; see :meth:`Distillation.from_config`."""
+        arguments = super().from_config(cfg)
+        return arguments | {"distillation": Distillation.from_config(cfg)}
+
+
+@META_ARCH_REGISTRY.register()
+class DistilledRetinaNet(DistillMixin, RetinaNet):
+    """RetinaNet with a frozen teacher beside it."""
+
+    @configurable
+    def __init__(self, *, distillation: Distillation | None = None, **kwargs: Any) -> None:
+        """As ``RetinaNet``.
+
+        Args:
+            distillation: None for the plain student.
+            **kwargs: arguments of ``RetinaNet``.
+        """
+        super().__init__(**kwargs)
+        self._attach(distillation)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Arguments from a config; see :meth:`Distillation.from_config`."""
+        arguments = super().from_config(cfg)
+        return arguments | {"distillation": Distillation.from_config(cfg)}
+
+
+@META_ARCH_REGISTRY.register()
+class DistilledFCOS(DistillMixin, FCOS):
+    """FCOS with a frozen teacher beside it, also buildable from a yacs config.
+
+    Detectron2 itself describes FCOS in Python only. With ``KD.ENABLED False`` this is the stock
+    model, and a teacher may be described that way.
+    """
+
+    @configurable
+    def __init__(self, *, distillation: Distillation | None = None, **kwargs: Any) -> None:
+        """As ``FCOS``.
+
+        Args:
+            distillation: None for the plain student.
+            **kwargs: arguments of ``FCOS``.
+        """
+        super().__init__(**kwargs)
+        self._attach(distillation)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Arguments from ``cfg.MODEL.FCOS``; see :meth:`Distillation.from_config`."""
+        node = cfg.MODEL.FCOS
+        backbone = build_backbone(cfg)
+        shapes = [backbone.output_shape()[name] for name in node.IN_FEATURES]
+        head = FCOSHead(
+            input_shape=shapes,
+            num_classes=node.NUM_CLASSES,
+            conv_dims=[shapes[0].channels] * node.NUM_CONVS,
+            prior_prob=node.PRIOR_PROB,
+            norm=node.NORM,
+        )
+        return {
+            "backbone": backbone,
+            "head": head,
+            "head_in_features": node.IN_FEATURES,
+            "num_classes": node.NUM_CLASSES,
+            "center_sampling_radius": node.CENTER_SAMPLING_RADIUS,
+            "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
+            "test_score_thresh": node.SCORE_THRESH_TEST,
+            "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
+            "test_nms_thresh": node.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "distillation": Distillation.from_config(cfg),
+        }

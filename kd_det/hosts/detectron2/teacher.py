@@ -1,0 +1,104 @@
+"""Building the teacher from its own complete config and its own weights."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+
+from kd_det.checkpoint import read_weights
+from kd_det.checks import fail, nearest
+from kd_det.hosts.detectron2.config import get_cfg
+from kd_det.teacher import FrozenTeacher, load_strict
+
+# Buffers that older Detectron2 files store and newer models do not, or the reverse.
+_OPTIONAL_KEYS = ("anchor_generator.cell_anchors", "pixel_mean", "pixel_std", "num_batches_tracked")
+
+
+@dataclass
+class Teacher:
+    """A frozen teacher and the channel order of its images (``INPUT.FORMAT``)."""
+
+    frozen: FrozenTeacher
+    input_format: str
+
+
+def build_teacher(cfg: CfgNode) -> Teacher:
+    """Build and load the teacher that ``cfg.KD.TEACHER`` names.
+
+    Args:
+        cfg: the student's config. Of it only ``KD.TEACHER`` and ``MODEL.DEVICE`` are used.
+
+    Raises:
+        KDError: the config or the weights are missing, or do not belong together; the message
+            lists the keys.
+    """
+    node = cfg.KD.TEACHER
+    teacher_cfg = get_cfg()
+    teacher_cfg.merge_from_file(str(find_config(node.CONFIG_FILE)))
+    teacher_cfg.defrost()
+    teacher_cfg.KD.ENABLED = False  # a distilled student may teach in turn
+    teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
+    if not node.WEIGHTS and not node.ALLOW_RANDOM:
+        fail(
+            expected="KD.TEACHER.WEIGHTS to name the teacher's weights",
+            received="an empty value",
+            remedy="give a .pkl, .pth or .safetensors file; an untrained teacher needs "
+            "KD.TEACHER.ALLOW_RANDOM True",
+        )
+    # Weights are read before the model is built: a wrong path should cost no time.
+    weights = read_weights(_local_path(node.WEIGHTS)) if node.WEIGHTS else None
+    # The student's random stream must not depend on whether there is a teacher.
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(teacher_cfg)
+    if weights is not None:
+        load_strict(model, weights, node.WEIGHTS, _OPTIONAL_KEYS)
+    return Teacher(FrozenTeacher(model), teacher_cfg.INPUT.FORMAT)
+
+
+def find_config(name: str) -> Path:
+    """The path of a teacher config: a file, or a name in Detectron2's model zoo.
+
+    Raises:
+        KDError: neither exists.
+    """
+    if name and Path(name).is_file():
+        return Path(name)
+    from detectron2 import model_zoo
+
+    try:
+        return Path(model_zoo.get_config_file(name)) if name else _no_config(name)
+    except RuntimeError:
+        return _no_config(name)
+
+
+def _no_config(name: str) -> Path:
+    from detectron2.model_zoo.model_zoo import _ModelZooUrls
+
+    zoo = [f"{config}.yaml" for config in _ModelZooUrls.CONFIG_PATH_TO_URL_SUFFIX]
+    suggestion = nearest(name, zoo).partition("known:")[0]
+    fail(
+        expected="KD.TEACHER.CONFIG_FILE to be a config file or a model-zoo name",
+        received=f"'{name}'",
+        remedy=f"{suggestion}give a path, or a name such as "
+        "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml",
+    )
+
+
+def _local_path(weights: str) -> str:
+    if "://" not in weights:
+        return weights
+    try:
+        return PathManager.get_local_path(weights)
+    except (OSError, RuntimeError, ValueError) as error:
+        fail(
+            expected=f"KD.TEACHER.WEIGHTS '{weights}' to be reachable",
+            received=f"{type(error).__name__}: {error}",
+            remedy=f"download it by hand into {os.getenv('FVCORE_CACHE', '~/.torch')} or give a "
+            "local path",
+        )

@@ -1,0 +1,154 @@
+"""What to run on the teacher: its backbone on the same pixels, its heads on the student's boxes.
+
+The teacher's proposal generator never runs, and ``roi_heads`` is never called as a whole: it
+would sample or post-process boxes, while the two sides must describe the *same* boxes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kd_det.adaptors import crop_to
+from kd_det.checks import fail
+from kd_det.hosts.detectron2.taps import box_branches
+
+def check_formats(student: str, teacher: str) -> None:
+    """Refuse channel orders that cannot be converted into each other without loss."""
+    if student != teacher and {student, teacher} != {"RGB", "BGR"}:
+        fail(
+            expected="INPUT.FORMAT of student and teacher to be equal, or RGB and BGR",
+            received=f"student {student}, teacher {teacher}",
+            remedy="train both on RGB or BGR images",
+        )
+
+
+def teacher_images(
+    teacher: nn.Module,
+    batched_inputs: Sequence[Mapping[str, Any]],
+    flip_channels: bool,
+    padded_size: tuple[int, int],
+) -> Tensor:
+    """The batch as the teacher's own config wants it.
+
+    Channels are reordered *before* the teacher's mean and standard deviation are applied, then
+    the batch is padded to the teacher's divisor and to at least the student's padded size, so
+    that every student cell has a teacher cell.
+
+    Args:
+        teacher: a Detectron2 meta-architecture.
+        batched_inputs: raw images ``[C, H, W]`` in the student's channel order.
+        flip_channels: whether the teacher's order is the reverse.
+        padded_size: ``(H, W)`` of the student's padded batch.
+
+    Returns:
+        ``[N, C, H', W']`` with ``H' >= H`` and ``W' >= W``.
+    """
+    images = [{"image": x["image"].flip(0) if flip_channels else x["image"]} for x in batched_inputs]
+    tensor = teacher.preprocess_image(images).tensor
+    divisor = max(teacher.backbone.size_divisibility, 1)
+    extra = [
+        max(math.ceil(want / divisor) * divisor - have, 0)
+        for want, have in zip(padded_size, tensor.shape[-2:], strict=True)
+    ]
+    return F.pad(tensor, (0, extra[1], 0, extra[0])) if any(extra) else tensor
+
+
+def box_logits(
+    teacher: nn.Module, features: Mapping[str, Tensor], boxes: Sequence[Sequence[Boxes]]
+) -> list[Tensor]:
+    """The teacher's classification logits of the student's boxes.
+
+    Args:
+        teacher: an R-CNN with standard or cascade heads.
+        features: the teacher's backbone output.
+        boxes: per student stage, per image, the boxes that entered the student's pooler.
+
+    Returns:
+        Per student stage ``[R, K + 1]``. A cascade teacher of a one-stage student answers with
+        the logarithm of its stages' mean probability, which is what it scores by at inference.
+
+    Raises:
+        KDError: both are cascades of different length.
+    """
+    roi_heads = teacher.roi_heads
+    levels = [features[name] for name in roi_heads.box_in_features]
+    branches = box_branches(teacher)
+    check_stages(len(boxes), len(branches))
+    logits = []
+    for stage, stage_boxes in enumerate(boxes):
+        pooled = roi_heads.box_pooler(levels, list(stage_boxes))
+        if len(branches) == len(boxes):
+            head, predictor = branches[stage]
+            logits.append(predictor(head(pooled))[0])
+        else:
+            scores = torch.stack([predictor(head(pooled))[0] for head, predictor in branches])
+            logits.append(scores.float().softmax(dim=-1).mean(dim=0).log())
+    return logits
+
+
+def check_stages(student: int, teacher: int) -> None:
+    """Refuse cascades of different length; one stage goes with any number."""
+    if student != teacher and 1 not in (student, teacher):
+        fail(
+            expected="cascades of the same number of stages, or one side with a single stage",
+            received=f"student {student}, teacher {teacher}",
+            remedy="choose a teacher with as many stages",
+        )
+
+
+def check_anchors(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse dense heads whose predictions do not correspond one to one."""
+    layouts = []
+    for model in (student, teacher):
+        names = getattr(model, "head_in_features", None)
+        generator = getattr(model, "anchor_generator", None)
+        layouts.append((names and list(names), generator and list(generator.num_anchors)))
+    if layouts[0] != layouts[1]:
+        fail(
+            expected="dense heads with the same levels and anchors per cell",
+            received=f"student {layouts[0]}, teacher {layouts[1]}",
+            remedy="use a teacher of the same architecture, or distil features",
+        )
+
+
+def mask_logits(
+    teacher: nn.Module, features: Mapping[str, Tensor], boxes: Sequence[Boxes]
+) -> Tensor:
+    """The teacher's mask logits ``[R, K or 1, M, M]`` of the student's foreground boxes."""
+    roi_heads = teacher.roi_heads
+    levels = [features[name] for name in roi_heads.mask_in_features]
+    return roi_heads.mask_head.layers(roi_heads.mask_pooler(levels, list(boxes)))
+
+
+def own_class(logits: Tensor, instances: Sequence[Instances]) -> Tensor:
+    """``[R, K, M, M] -> [R, M, M]``: each box's map for its ground-truth class.
+
+    The other classes' maps are never trained and hold noise.
+    """
+    if logits.shape[1] == 1:
+        return logits[:, 0]
+    classes = torch.cat([x.gt_classes for x in instances])
+    return logits[torch.arange(len(classes), device=logits.device), classes]
+
+
+def dense_rows(logits: Sequence[Tensor], num_classes: int, like: Sequence[Tensor]) -> Tensor:
+    """Per-level logits ``[N, A * K, H, W]`` to rows ``[sum(N * H * W * A), K]``.
+
+    Args:
+        logits: one tensor per level.
+        num_classes: K.
+        like: per level, a map whose ``(H, W)`` to crop to.
+    """
+    rows = []
+    for level, reference in zip(logits, like, strict=True):
+        level = crop_to(level, reference)
+        n, _, h, w = level.shape
+        rows.append(level.view(n, -1, num_classes, h, w).permute(0, 3, 4, 1, 2))
+    return torch.cat([r.reshape(-1, num_classes) for r in rows])

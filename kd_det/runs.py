@@ -1,0 +1,60 @@
+"""What every host checks about a run before it starts: its folder, its devices, its data root."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from kd_det.checks import fail
+
+# Files of which any one shows that a run has lived in a folder.
+_TRACES = ("last_checkpoint", "last.ckpt", "model_final.pth", "metrics.json", "config.yaml")
+
+
+def check_output_dir(output_dir: str, resume: bool) -> None:
+    """Refuse to start anew where another run has written.
+
+    Raises:
+        KDError: ``output_dir`` holds a run and ``resume`` is False. Nothing is written.
+    """
+    traces = [name for name in _TRACES if (Path(output_dir) / name).exists()]
+    if traces and not resume:
+        fail(
+            expected="OUTPUT_DIR to be new or empty",
+            received=f"'{output_dir}', which holds {', '.join(traces)} of another run",
+            remedy="add --resume to continue that run, or choose another OUTPUT_DIR",
+        )
+
+
+def check_devices(device: str, num_gpus: int) -> None:
+    """Refuse GPUs that are not there.
+
+    Raises:
+        KDError: the device is CUDA without a GPU, or ``num_gpus`` exceeds what is visible.
+    """
+    available = torch.cuda.device_count()
+    if device.startswith("cuda") and not available:
+        fail(
+            expected=f"a GPU for MODEL.DEVICE {device}",
+            received="none visible to torch",
+            remedy="add MODEL.DEVICE cpu to run on the CPU",
+        )
+    if num_gpus > max(available, 1):
+        fail(
+            expected=f"--num-gpus of at most {max(available, 1)} on this machine",
+            received=f"--num-gpus {num_gpus}",
+            remedy="ask for fewer; several CPU processes start with "
+            "torchrun --nproc_per_node N tools/train_net.py ...",
+        )
+
+
+def data_root() -> Path:
+    """Where data sets live: ``$DETECTRON2_DATASETS``, or ``datasets`` as in Detectron2."""
+    return Path(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
+
+
+def under_torchrun() -> bool:
+    """Whether a launcher has already started this process as one of several."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) >= 1
