@@ -7,6 +7,7 @@ A schedule is a callable ``factor(step) -> float`` that multiplies the term's ``
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from kd_det.checks import fail
 from kd_det.registry import SCHEDULES
@@ -26,25 +27,44 @@ def _check_iters(name: str, iters: int) -> None:
 @SCHEDULES.register()
 def constant() -> Schedule:
     """Factor 1 at every step (the default)."""
-    return lambda step: 1.0
+    return _one
 
 
 @SCHEDULES.register()
 def linear_warmup(iters: int) -> Schedule:
     """``min(1, step / iters)``: ReviewKD's warm-up on CIFAR counts from 0, so step 0 has none."""
     _check_iters("linear_warmup", iters)
-    return lambda step: min(1.0, step / iters)
+    return partial(_rise, iters=iters)
 
 
 @SCHEDULES.register()
 def delay(iters: int) -> Schedule:
     """0 for the first ``iters`` steps, then 1: FGFI is off for its first 400 iterations."""
     _check_iters("delay", iters)
-    return lambda step: float(step >= iters)
+    return partial(_switch, iters=iters)
 
 
 @SCHEDULES.register()
 def linear_decay(iters: int) -> Schedule:
     """``max(0, 1 - step / iters)``: from full weight to none."""
     _check_iters("linear_decay", iters)
-    return lambda step: max(0.0, 1.0 - step / iters)
+    return partial(_fall, iters=iters)
+
+
+# Module-level functions rather than closures, so that a model with its distiller can be pickled.
+
+
+def _one(step: int) -> float:
+    return 1.0
+
+
+def _rise(step: int, iters: int) -> float:
+    return min(1.0, step / iters)
+
+
+def _switch(step: int, iters: int) -> float:
+    return float(step >= iters)
+
+
+def _fall(step: int, iters: int) -> float:
+    return max(0.0, 1.0 - step / iters)

@@ -83,11 +83,11 @@ def kd_loss(
 
 
 def _bernoulli_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    # BCE(student, p_t) - H(p_t), both in logit form so that saturated logits stay finite.
-    probability = torch.sigmoid(teacher)
-    cross = F.binary_cross_entropy_with_logits(student, probability, reduction="sum")
-    entropy = F.binary_cross_entropy_with_logits(teacher, probability, reduction="sum")
-    return cross - entropy
+    # In differences of log-probabilities: subtracting an entropy from a cross-entropy would
+    # cancel to noise over the many elements on which both agree.
+    positive = torch.sigmoid(teacher) * (F.logsigmoid(teacher) - F.logsigmoid(student))
+    negative = torch.sigmoid(-teacher) * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
+    return (positive + negative).sum()
 
 
 def _check_arguments(temperature: float, reduction: str, activation: str) -> None:
