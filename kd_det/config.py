@@ -7,12 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from fvcore.common.config import CfgNode
 
 from kd_det.checks import KDError, check_known, fail, nearest
 from kd_det.terms import Term, parse_terms
 
 HOSTS = ("detectron2", "torchvision_detection")
+
+_OPEN_NODES = ("KD.TERMS.", "DATASETS.COCO_JSON.")
 
 
 def add_kd_config(cfg: CfgNode) -> None:
@@ -43,7 +46,7 @@ def read_host(config_file: str) -> str:
     """The ``HOST`` a config file (with its ``_BASE_``) asks for.
 
     Raises:
-        KDError: the file is missing or asks for an unknown host.
+        KDError: the file is missing or not a YAML mapping, or asks for an unknown host.
     """
     if not Path(config_file).is_file():
         fail(
@@ -51,9 +54,27 @@ def read_host(config_file: str) -> str:
             received=repr(config_file),
             remedy="give a path such as configs/reviewkd_frcnn_r50_r101.yaml",
         )
-    host = CfgNode.load_yaml_with_base(config_file, allow_unsafe=True).get("HOST", "detectron2")
+    host = _load_yaml(config_file).get("HOST", "detectron2")
     check_known("HOST", host, HOSTS)
     return host
+
+
+def _load_yaml(config_file: str) -> dict[str, Any]:
+    try:
+        loaded = CfgNode.load_yaml_with_base(config_file, allow_unsafe=True)
+    except (OSError, yaml.YAMLError) as error:
+        received = " ".join(str(error).split())
+    except (TypeError, AttributeError):  # fvcore's, where the file or its base is no mapping
+        received = "something else"
+    else:
+        if isinstance(loaded, dict):
+            return loaded
+        received = type(loaded).__name__
+    fail(
+        expected=f"'{config_file}' and its _BASE_ to be YAML mappings of config keys",
+        received=received,
+        remedy="correct the file",
+    )
 
 
 def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str] = ()) -> CfgNode:
@@ -64,6 +85,7 @@ def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str] = ()) -> Cf
             type; or a term that :func:`read_terms` refuses.
     """
     known = list(_keys(cfg))
+    _load_yaml(config_file)
     try:
         cfg.merge_from_file(config_file)
         _merge_options(cfg, opts)
@@ -91,9 +113,10 @@ def _merge_options(cfg: CfgNode, opts: Sequence[str]) -> None:
         )
     rest: list[str] = []
     for key, value in zip(opts[::2], opts[1::2], strict=True):
-        # A term's argument may be unset in the file, and 1 is a fine value for 0.5: yacs would
-        # refuse both, so terms take the value as it is and are checked as terms afterwards.
-        if key.startswith("KD.TERMS."):
+        # Names below these nodes are the user's own, a term's argument may be unset in the file,
+        # and 1 is a fine value for 0.5: yacs would refuse all three. Their values are taken as
+        # they are and checked afterwards, as terms and data sets.
+        if key.startswith(_OPEN_NODES):
             _set(cfg, key.split("."), _literal(value))
         else:
             rest += [key, _as_float(cfg, key, value)]
@@ -106,6 +129,8 @@ def _set(cfg: CfgNode, path: Sequence[str], value: Any) -> None:
         if part not in node:
             node[part] = type(cfg)()
         node = node[part]
+        if not isinstance(node, CfgNode):
+            raise KeyError(f"Non-existent key: {'.'.join(path)}")
     node[path[-1]] = type(cfg)(value) if isinstance(value, dict) else value
 
 
@@ -113,7 +138,9 @@ def _as_float(cfg: CfgNode, key: str, value: str) -> Any:
     """``SOLVER.BASE_LR 1`` means 1.0: yacs does not take an int for a float."""
     node: Any = cfg
     for part in key.split("."):
-        if not isinstance(node, CfgNode) or part not in node:
+        if not isinstance(node, CfgNode):
+            raise KeyError(f"Non-existent key: {key}")
+        if part not in node:
             return value
         node = node[part]
     literal = _literal(value)
@@ -124,7 +151,7 @@ def _as_float(cfg: CfgNode, key: str, value: str) -> Any:
 def _literal(value: Any) -> Any:
     try:
         return ast.literal_eval(value) if isinstance(value, str) else value
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return value
 
 
@@ -139,13 +166,20 @@ def _explain(error: Exception, known: list[str]) -> None:
     message = str(error.args[0]) if error.args else str(error)
     if "Non-existent" in message:
         key = message.rpartition(": ")[2].strip("'\"")
-        same_parent = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
+        # Suggest what stands beside the first wrong part of the key.
+        wrong = key
+        while not (siblings := [k for k in known if _parent(k) == _parent(wrong)]):
+            wrong = _parent(wrong)
         fail(
             expected="a known config key",
             received=f"'{key}'",
-            remedy=nearest(key, same_parent or [k for k in known if "." not in k]),
+            remedy=nearest(wrong, siblings),
         )
     fail(expected="a config this host can read", received=message, remedy="correct this value")
+
+
+def _parent(key: str) -> str:
+    return key.rpartition(".")[0]
 
 
 def _plain(node: Any) -> Any:

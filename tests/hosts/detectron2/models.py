@@ -15,9 +15,21 @@ from kd_det.hosts.detectron2 import get_cfg
 
 BASE = Path("configs/digits/base_rcnn.yaml")
 
-CASCADE = ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
+CASCADE = [
+    "MODEL.ROI_HEADS.NAME",
+    "CascadeROIHeads",
+    "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG",
+    True,
+]
 DENSE = ["MODEL.RETINANET.IN_FEATURES", ["p2", "p3", "p4"], "MODEL.RETINANET.NUM_CLASSES", 10]
-POINTS = ["MODEL.FCOS.NORM", "", "MODEL.FCOS.IN_FEATURES", ["p2", "p3", "p4"], "MODEL.FCOS.NUM_CLASSES", 10]
+POINTS = [
+    "MODEL.FCOS.NORM",
+    "",
+    "MODEL.FCOS.IN_FEATURES",
+    ["p2", "p3", "p4"],
+    "MODEL.FCOS.NUM_CLASSES",
+    10,
+]
 
 #: name -> (stock meta-architecture, distilled one, options)
 ARCHITECTURES: dict[str, tuple[str, str, list[Any]]] = {
@@ -111,6 +123,12 @@ def batch(seed: int = 0, empty: bool = False, sizes: Any = ((64, 96), (80, 70)))
         )
         pixels = torch.randint(0, 256, (3, h, w), generator=generator, dtype=torch.uint8)
         inputs.append(
-            {"image": pixels, "instances": instances, "height": h, "width": w, "image_id": len(inputs)}
+            {
+                "image": pixels,
+                "instances": instances,
+                "height": h,
+                "width": w,
+                "image_id": len(inputs),
+            }
         )
     return inputs

@@ -45,7 +45,9 @@ def losses_gradients_weights(model, cfg):
             losses = model(batch(step))
             optimizer.zero_grad()
             sum(losses.values()).backward()
-            gradients = {k: p.grad.clone() for k, p in model.named_parameters() if "distiller" not in k}
+            gradients = {
+                k: p.grad.clone() for k, p in model.named_parameters() if "distiller" not in k
+            }
             history.append(({k: v.detach() for k, v in losses.items()}, gradients))
             optimizer.step()
     return history, strip_distiller(model.state_dict())
@@ -112,9 +114,16 @@ def test_a_batch_without_boxes_is_normal(name, tmp_path):
 
 
 def test_the_box_branch_of_the_student_runs_once_per_step(tmp_path):
-    model = build(distilled_cfg("faster", write_teacher(tmp_path, "faster"), all_terms("faster", 1.0)))
+    model = build(
+        distilled_cfg("faster", write_teacher(tmp_path, "faster"), all_terms("faster", 1.0))
+    )
     calls = []
-    for path in ("backbone", "roi_heads.box_pooler", "roi_heads.box_head", "roi_heads.box_predictor"):
+    for path in (
+        "backbone",
+        "roi_heads.box_pooler",
+        "roi_heads.box_head",
+        "roi_heads.box_predictor",
+    ):
         model.get_submodule(path).register_forward_hook(lambda *_, path=path: calls.append(path))
     with EventStorage():
         model(batch())
@@ -139,7 +148,9 @@ def test_teacher_logits_are_those_of_the_stock_teacher_on_the_students_boxes(
     inputs = batch()
     with EventStorage():
         model(inputs)
-    stock = build_model(tiny_cfg(name, ["MODEL.BASIC_RESNET.WIDTH", 8, "MODEL.FPN.OUT_CHANNELS", 16]))
+    stock = build_model(
+        tiny_cfg(name, ["MODEL.BASIC_RESNET.WIDTH", 8, "MODEL.FPN.OUT_CHANNELS", 16])
+    )
     stock.load_state_dict(torch.load(teacher_files[1])["model"])
     stock.eval()
     with torch.no_grad():
@@ -188,7 +199,9 @@ def test_a_checkpoint_is_a_student(name, tmp_path):
 
 
 def test_inference_is_the_stock_models(tmp_path):
-    model = build(distilled_cfg("faster", write_teacher(tmp_path, "faster"), all_terms("faster", 1.0)))
+    model = build(
+        distilled_cfg("faster", write_teacher(tmp_path, "faster"), all_terms("faster", 1.0))
+    )
     stock = build(tiny_cfg("faster")).eval()
     stock.load_state_dict(strip_distiller(model.state_dict()))
     model.eval()
@@ -226,7 +239,11 @@ def test_train_mode_optimiser_and_pickle_leave_the_teacher_alone(tmp_path):
 
 def test_double_precision_reaches_the_teacher(tmp_path):
     # A dense detector: the R-CNNs' own proposal code mixes precisions in double.
-    model = build(distilled_cfg("retinanet", write_teacher(tmp_path, "retinanet"), all_terms("retinanet", 1.0)))
+    model = build(
+        distilled_cfg(
+            "retinanet", write_teacher(tmp_path, "retinanet"), all_terms("retinanet", 1.0)
+        )
+    )
     model.double()
     with EventStorage():
         losses = model(batch())

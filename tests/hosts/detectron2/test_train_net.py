@@ -1,0 +1,158 @@
+"""The command line, end to end: train, evaluate, resume, several processes, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+from kd_det import cli
+from kd_det.checkpoint import read_weights
+from kd_det.data.digits import DigitsSpec, write_digits
+from kd_det.hosts.detectron2.train import load_cfg
+from tests.hosts.detectron2.models import write_teacher
+
+pytestmark = pytest.mark.detectron2
+
+CONFIG = Path("configs/digits/reviewkd_frcnn.yaml").resolve()
+SMALL = ["MODEL.BASIC_RESNET.WIDTH", "4", "MODEL.FPN.OUT_CHANNELS", "8"]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """Overrides for a run of seconds: 12 images, a random teacher from a real file."""
+    folder = tmp_path_factory.mktemp("run")
+    data = write_digits(folder / "mini", DigitsSpec(train_images=8, val_images=4))
+    config, weights = write_teacher(folder, "faster")
+    opts = [*SMALL, "KD.TEACHER.CONFIG_FILE", str(config), "KD.TEACHER.WEIGHTS", str(weights)]
+    for split, (json_file, images) in data.items():
+        opts += [f"DATASETS.COCO_JSON.mini_{split}", repr([str(json_file), str(images)])]
+        opts += [f"DATASETS.{'TEST' if split == 'val' else 'TRAIN'}", f"('mini_{split}',)"]
+    return [
+        *opts,
+        "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "()",
+        "SOLVER.CHECKPOINT_PERIOD", "2", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0",
+    ]  # fmt: skip
+
+
+def train_net(*arguments: str, launcher: tuple[str, ...] = (), code: int = 0) -> str:
+    """Run the tool as a user does and return what it printed."""
+    command = [sys.executable, *launcher, "tools/train_net.py", *arguments]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=300)
+    output = done.stdout + done.stderr
+    assert done.returncode == code, output
+    return output
+
+
+def last_ap(folder: Path) -> float:
+    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return [line["bbox/AP"] for line in lines if "bbox/AP" in line][-1]
+
+
+def test_a_run_trains_resumes_and_evaluates_to_the_same_ap(options, tmp_path):
+    output = tmp_path / "out"
+    arguments = ["--config-file", str(CONFIG)]
+    first = train_net(*arguments, *options, "OUTPUT_DIR", str(output), "SOLVER.MAX_ITER", "2")
+    assert "review" in (output / "metrics.json").read_text() or "review" in first
+    before = (output / "model_final.pth").read_bytes()
+    refused = train_net(*arguments, *options, "OUTPUT_DIR", str(output), code=2)
+    assert "--resume" in refused
+    assert (output / "model_final.pth").read_bytes() == before
+    train_net(*arguments, "--resume", *options, "OUTPUT_DIR", str(output))
+    checkpoint = torch.load(output / "model_final.pth", weights_only=False)
+    assert checkpoint["iteration"] == 3
+    assert checkpoint["model"]["distiller.step"] == 4
+    evaluated = train_net(
+        *arguments, "--eval-only", *options, "OUTPUT_DIR", str(tmp_path / "eval"),
+        "MODEL.WEIGHTS", str(output / "model_final.pth"),
+    )  # fmt: skip
+    rows = [line for line in evaluated.splitlines() if "copypaste: " in line]
+    assert float(rows[-1].split("copypaste: ")[1].split(",")[0]) == pytest.approx(
+        last_ap(output), abs=1e-4
+    )
+
+
+def test_two_cpu_processes_end_with_equal_weights(options, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    hook = tmp_path / "hook.py"
+    # Each rank writes the weights it holds at the end of training.
+    hook.write_text(
+        "import sys, torch\n"
+        "from detectron2.utils import comm\n"
+        "from kd_det.hosts.detectron2 import train\n"
+        "after = train.Trainer.after_train\n"
+        "def save(self):\n"
+        f"    torch.save(self.model.module.state_dict(), '{tmp_path}/rank%d.pth' % comm.get_rank())\n"
+        "    after(self)\n"
+        "train.Trainer.after_train = save\n"
+        "from kd_det import cli\n"
+        "sys.exit(cli.main())\n"
+    )
+    command = [sys.executable, *launcher, str(hook), "--config-file", str(CONFIG)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [*command, *options, "OUTPUT_DIR", str(tmp_path / "out")],
+        capture_output=True, text=True, env=env, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = (torch.load(tmp_path / f"rank{rank}.pth") for rank in (0, 1))
+    learned = [k for k in first if "running_" not in k and "num_batches" not in k]
+    assert any(k.startswith("distiller.") for k in learned)
+    for key in learned:
+        assert torch.equal(first[key], second[key]), key
+    assert read_weights(tmp_path / "out" / "model_final.pth")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["KD.TEACHER.WEIGHTS", "nowhere.pth"], "nowhere.pth"),
+        (["KD.TEACHER.CONFIG_FILE", "nowhere.yaml"], "nowhere.yaml"),
+        (["KD.TERMS.review.LOSS", "ReviewDK"], "did you mean 'ReviewKD'"),
+        (["KD.TERMS.review.MID_CHANEL", "8"], "did you mean 'mid_channels'"),
+        (["KD.TERMS.review.TAPS", "['p2','p9']"], "p9"),
+        (["KD.TECHER.WEIGHTS", "x"], "did you mean"),
+        (["SOLVER.BASE_RL", "0.1"], "did you mean 'SOLVER.BASE_LR'"),
+        (["MODEL.DEVICE", "cuda"], "MODEL.DEVICE cpu"),
+        (["DATASETS.TRAIN", "('digit_train',)"], "did you mean 'digits_train'"),
+        (["DATASETS.TRAIN", "('coco_2017_train',)"], "DETECTRON2_DATASETS"),
+        (["DATASETS.COCO_JSON.mini", "['missing.json', '.']", "DATASETS.TRAIN", "('mini',)"],
+         "missing.json"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence_before_anything_is_written(
+    overrides, named, options, tmp_path, capfd
+):
+    if overrides[1] == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    output = tmp_path / "out"
+    code = cli.main(
+        ["--config-file", str(CONFIG), *options, "OUTPUT_DIR", str(output), *overrides]
+    )
+    message = capfd.readouterr().err.splitlines()[-1]
+    assert code == 2
+    assert message.startswith("error: expected ")
+    assert "; received " in message
+    assert "; remedy: " in message
+    assert named in message
+    assert not output.exists() or not any(output.rglob("*.pth"))
+
+
+def test_more_gpus_than_there_are_is_refused(options, tmp_path, capfd):
+    arguments = ["--config-file", str(CONFIG), "--num-gpus", "99", *options]
+    assert cli.main([*arguments, "OUTPUT_DIR", str(tmp_path)]) == 2
+    assert "--num-gpus 99" in capfd.readouterr().err
+
+
+def test_an_override_may_set_an_argument_the_file_leaves_out(options):
+    cfg = load_cfg(str(CONFIG), [*options, "KD.TERMS.review.WEIGHT", "2", "KD.TERMS.review.MID_CHANNELS", "4"])
+    assert cfg.KD.TERMS.review.WEIGHT == 2
+    assert cfg.KD.TERMS.review.MID_CHANNELS == 4
