@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import NoReturn
 
 from torch import Tensor
@@ -31,7 +31,7 @@ def check_known(what: str, name: str, known: Iterable[str]) -> None:
     """Refuse a name that is not in ``known``, suggesting the nearest one."""
     names = list(known)
     if name not in names:
-        fail(expected=f"a known {what}", received=f"'{name}'", remedy=nearest(name, names))
+        fail(expected=f"a known {what}", received=f"'{name}'", remedy=nearest(str(name), names))
 
 
 def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
@@ -44,7 +44,7 @@ def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
         )
 
 
-def check_same_length(loss: str, student: Sequence[object], teacher: Sequence[object]) -> None:
+def check_same_length(loss: str, student: Sized, teacher: Sized) -> None:
     """Refuse lists of different length: zipping them would drop a level in silence."""
     if len(student) != len(teacher) or not student:
         fail(

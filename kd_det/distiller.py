@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_det.checks import check_known, fail
-from kd_det.losses.base import DistillLoss, TapSpec
+from kd_det.losses.base import DistillLoss, TapSpec, zero_in_graph
 from kd_det.registry import LOSSES
 from kd_det.terms import Term, build_schedule, parse_terms
 
@@ -61,6 +61,7 @@ class Distiller(nn.Module):
             self.schedules[term.name] = build_schedule(f"term '{term.name}'", term.schedule)
         # On the device for the checkpoint, as an int for the schedules: reading it back from a
         # GPU in every step would make the host wait.
+        self.step: Tensor
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self._step = 0
         self.register_load_state_dict_post_hook(_read_step)
@@ -91,8 +92,8 @@ class Distiller(nn.Module):
             extra = {name: _narrow((context or {})[name], term) for name in loss.needs}
             raw = loss(s, t, **extra)
             weight = term.weight * self.schedules[term.name](self._step)
-            # A weight of 0 must not let a non-finite loss through: 0 * inf is nan.
-            weighted = raw * weight if weight else _keep_in_graph(raw)
+            # A weight of 0 must not let a non-finite loss or gradient through: 0 * inf is nan.
+            weighted = raw * weight if weight else zero_in_graph([*s, *loss.parameters()])
             losses[term.name] = weighted
             self._note(term.name, weighted)
         if self.training:
@@ -121,11 +122,6 @@ class Distiller(nn.Module):
         active = weighted.detach() != 0
         previous = self._active.get(name)
         self._active[name] = active if previous is None else previous | active
-
-
-def _keep_in_graph(raw: Tensor) -> Tensor:
-    """An exact zero whose backward reaches what ``raw`` depends on, with zero gradients."""
-    return torch.nan_to_num(raw, nan=0.0, posinf=0.0, neginf=0.0) * 0.0
 
 
 def build_loss(
@@ -158,13 +154,16 @@ def build_loss(
             )
     given = dict(term.arguments)
     given.update(
-        (k, v) for k, v in loss_class.tap_arguments(student, teacher, given).items()
+        (k, v)
+        for k, v in loss_class.tap_arguments(student, teacher, given).items()
         if k not in given
     )
     required = [
         name
         for name, p in inspect.signature(loss_class.__init__).parameters.items()
-        if p.default is p.empty and name not in given and name != "self"
+        if p.default is p.empty
+        and name not in given
+        and name != "self"
         and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
     ]
     if required:
@@ -199,23 +198,25 @@ def _narrow(value: Any, term: Term) -> Any:
     return [value[tap] for tap, _ in term.taps] if isinstance(value, Mapping) else value
 
 
-def _read_step(module: nn.Module, incompatible: Any) -> None:
-    module._step = int(module.step)  # type: ignore[operator, assignment]
+def _read_step(module: Any, incompatible: Any) -> None:
+    module._step = int(module.step)
 
 
-def tap_specs(captures: Mapping[str, Any]) -> dict[str, TapSpec]:
+def tap_specs(captures: Mapping[str, Any]) -> dict[str, TapSpec | list[TapSpec]]:
     """Specs of tensors recorded from one example batch, for models of a fixed input size.
 
     Args:
         captures: ``TapRecorder.read()`` after a forward of an example.
 
     Returns:
-        Channels, and ``(H, W)`` for maps.
+        Channels, and ``(H, W)`` for maps; a list where several tensors were recorded.
     """
     return {
-        name: TapSpec(
-            channels=value.shape[1],
-            size=(value.shape[2], value.shape[3]) if value.dim() == 4 else None,
-        )
+        name: [_spec(v) for v in value] if isinstance(value, (list, tuple)) else _spec(value)
         for name, value in captures.items()
     }
+
+
+def _spec(value: Tensor) -> TapSpec:
+    size = (value.shape[2], value.shape[3]) if value.dim() == 4 else None
+    return TapSpec(channels=value.shape[1], size=size)

@@ -110,6 +110,10 @@ class TapRecorder:
         """Drop all captures, so that no activation outlives its step."""
         self._captured = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Captures belong to one step of one model, and non-leaf tensors cannot be deep-copied.
+        return {**self.__dict__, "_captured": {}}
+
     def _read_one(self, name: str, tap: Tap) -> Any:
         captures = self._captured.get(name, [])
         if len(captures) != tap.calls:
@@ -131,33 +135,46 @@ class TapRecorder:
 
     def _input_hook(self, name: str, tap: Tap) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._store(name, tap, args[0 if tap.select is None else int(tap.select)])
+            self._store(name, tap, _pick(name, tap, args, tap.select or 0))
 
         return hook
 
     def _output_hook(self, name: str, tap: Tap) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._store(name, tap, output if tap.select is None else _pick(name, tap, output))
+            key = tap.select
+            self._store(name, tap, output if key is None else _pick(name, tap, output, key))
 
         return hook
 
     def _store(self, name: str, tap: Tap, value: Any) -> None:
-        if tap.clone and isinstance(value, Tensor):
-            value = value.clone()
+        if tap.clone:
+            value = _cloned(value)
         versions = [(t, t._version) for t in _tensors(value) if not t.is_inference()]
         self._captured.setdefault(name, []).append((value, versions))
 
 
-def _pick(name: str, tap: Tap, output: Any) -> Any:
+def _pick(name: str, tap: Tap, values: Any, key: str | int) -> Any:
     try:
-        return output[tap.select]
+        return values[key]
     except (KeyError, IndexError, TypeError):
-        has = ", ".join(map(str, output)) if isinstance(output, Mapping) else type(output).__name__
+        has = ", ".join(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
+        if isinstance(values, (list, tuple)):
+            has += f" of length {len(values)}"
         fail(
-            expected=f"tap '{name}' to find '{tap.select}' in the output of '{tap.path}'",
+            expected=f"tap '{name}' to find '{key}' in the {tap.at} of '{tap.path}'",
             received=has,
             remedy="select one of these, or tap another module",
         )
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, Mapping):
+        return {key: _cloned(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_cloned, value))
+    return value
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

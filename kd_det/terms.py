@@ -8,6 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch import nn
+
 from kd_det.checks import check_known, fail, nearest
 from kd_det.registry import LOSSES, SCHEDULES
 
@@ -44,11 +46,24 @@ def parse_terms(terms: Mapping[str, Mapping[str, Any]]) -> list[Term]:
         KDError: an unknown loss, schedule or key, a value of the wrong type, or no taps. Nothing
             is built before all terms are read.
     """
-    return [_parse_term(name, dict(node)) for name, node in terms.items()]
+    return [_parse_term(name, node) for name, node in terms.items()]
 
 
-def _parse_term(name: str, node: dict[str, Any]) -> Term:
+def _parse_term(name: str, node: Mapping[str, Any]) -> Term:
     where = f"term '{name}'"
+    # The name becomes that of a submodule.
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        fail(
+            expected="the name of a term to be free and without dots",
+            received=f"'{name}'",
+            remedy=f"write for example 'kd_{name.replace('.', '_')}'",
+        )
+    if not isinstance(node, Mapping):
+        fail(
+            expected=f"{where} to be a mapping with a LOSS",
+            received=repr(node),
+            remedy=f"to change a weight, set KD.TERMS.{name}.WEIGHT",
+        )
     if not isinstance(node.get("LOSS"), str):
         fail(
             expected=f"{where} to have a LOSS",
@@ -124,8 +139,10 @@ def _parse_taps(where: str, taps: Any) -> tuple[TapPair, ...]:
     for tap in taps if isinstance(taps, (list, tuple)) else (taps,):
         if isinstance(tap, str) and tap:
             pairs.append((tap, tap))
-        elif isinstance(tap, (list, tuple)) and len(tap) == 2 and all(
-            isinstance(side, str) for side in tap
+        elif (
+            isinstance(tap, (list, tuple))
+            and len(tap) == 2
+            and all(isinstance(side, str) for side in tap)
         ):
             pairs.append((tap[0], tap[1]))
         else:
@@ -148,16 +165,16 @@ def _check_arguments(
 ) -> None:
     """Check names and types against the signature of ``function``."""
     parameters = {
-        n: p for n, p in inspect.signature(function).parameters.items() if n != "self"
+        n: p
+        for n, p in inspect.signature(function).parameters.items()
+        if n != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     }
     hints = typing.get_type_hints(function)
     for name, value in arguments.items():
         check_known(f"argument of {what}", name, parameters)
         _check_type(what, name, value, hints.get(name, Any))
     if complete:
-        missing = [
-            n for n, p in parameters.items() if p.default is p.empty and n not in arguments
-        ]
+        missing = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments]
         if missing:
             fail(
                 expected=f"{what} to get {', '.join(n.upper() for n in missing)}",
@@ -181,6 +198,13 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
     if origin is Literal:
         return value in typing.get_args(hint)
+    if origin is tuple and ... not in typing.get_args(hint):
+        inner = typing.get_args(hint)
+        return (
+            isinstance(value, (list, tuple))
+            and len(value) == len(inner)
+            and all(map(_fits, value, inner))
+        )
     if origin in (list, tuple, Sequence) or origin is Sequence.__mro__[0]:
         inner = typing.get_args(hint)[0] if typing.get_args(hint) else Any
         return isinstance(value, (list, tuple)) and all(_fits(v, inner) for v in value)

@@ -159,11 +159,15 @@ def _roi_logits(g: Golden) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     student, teacher = logits("s"), logits("t")
     # Stored levels are absolute (p3, p4) or counted from the lowest tapped one.
     offset = lowest if g.has("out_box_level") and int(g["out_box_level"].min()) >= lowest else 0
-    return student, teacher, {
-        "out_box_level": level + offset,
-        "out_logits_s": student,
-        "out_logits_t": teacher,
-    }
+    return (
+        student,
+        teacher,
+        {
+            "out_box_level": level + offset,
+            "out_logits_s": student,
+            "out_logits_t": teacher,
+        },
+    )
 
 
 def check_fitnet(g: Golden) -> dict[str, Tensor]:
@@ -184,9 +188,7 @@ def check_reviewkd(g: Golden) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     if any(key.startswith("param_abfs") for key in g.arrays):
         hyper = g.meta["hyper"]
-        module = ReviewKDLoss(
-            hyper["in_channels"], hyper["out_channels"], hyper["mid_channels"]
-        )
+        module = ReviewKDLoss(hyper["in_channels"], hyper["out_channels"], hyper["mid_channels"])
         g.load(module, lambda key: key)
         fused = module.fuse(student, [t.shape[-2:] for t in teacher])
         out |= {f"out_f{i}": f for i, f in enumerate(fused)}
@@ -226,9 +228,7 @@ def check_fgfi(g: Golden) -> dict[str, Tensor]:
             else:
                 loss = imitation_loss(student, teacher, masks, normalizer)
             out[f"out_loss_{normalizer}_{assign}"] = loss
-            keys = {
-                f"grad_s{i}_{normalizer}_{assign}": f"in_s{i}" for i in range(len(student))
-            }
+            keys = {f"grad_s{i}_{normalizer}_{assign}": f"in_s{i}" for i in range(len(student))}
             out |= g.gradients(loss, keys)
     return out
 
@@ -237,7 +237,11 @@ def _fgfi_single(g: Golden, gt: list[Tensor]) -> dict[str, Tensor]:
     s, t = g["in_feat_s"], g["in_feat_t"]
     plus_one = "plus_one" in g.meta["hyper"]["iou_convention"]
     masks = fgfi_mask(
-        [g["in_anchors"]], gt, [(s.shape[2], s.shape[3])], None, g.meta["hyper"]["psi"],
+        [g["in_anchors"]],
+        gt,
+        [(s.shape[2], s.shape[3])],
+        None,
+        g.meta["hyper"]["psi"],
         inclusive=plus_one,
     )
     module = FGFILoss([s.shape[1]], [t.shape[1]], relu="ReLU" in g.meta["hyper"]["adaptor"])

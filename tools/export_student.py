@@ -13,7 +13,9 @@ from kd_det.cli import require_detectron2
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--config-file", required=True, help="the run's config.yaml, or its config")
     parser.add_argument("--weights", required=True, help="the run's checkpoint")
     parser.add_argument("--output", required=True, help="folder for model.pth and config.yaml")

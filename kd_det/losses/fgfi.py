@@ -75,7 +75,7 @@ def fgfi_mask(
                 remedy="pass the anchors of the same map as the features",
             )
     boxes = torch.cat([b.reshape(-1, 4) for b in gt_boxes]) if gt_boxes else anchors[0][:0]
-    counts = torch.tensor([len(b) for b in gt_boxes], device=boxes.device)
+    counts = torch.tensor([len(b) for b in gt_boxes], dtype=torch.long, device=boxes.device)
     image = torch.repeat_interleave(counts)
 
     levels = _roi_levels(boxes, strides, len(sizes)) if assign == "roi" else None
@@ -166,6 +166,7 @@ def imitation_loss(
     sums, positives = [], []
     for s, t, mask in zip(student, teacher, masks, strict=True):
         check_same_shape("FGFI", s, t)
+        _check_mask(mask, (s.shape[0], *s.shape[2:]))
         with no_autocast(s):
             error = (full_precision(s) - full_precision(t.detach())).square().sum(dim=1)
             sums.append((error * mask).sum())
@@ -174,6 +175,16 @@ def imitation_loss(
         return torch.stack(sums).sum() / (2 * torch.stack(positives).sum().clamp(min=1))
     per_level = torch.stack(sums) / (2 * torch.stack(positives).clamp(min=1))
     return per_level.mean() if normalizer == "level_mean" else per_level.sum()
+
+
+def _check_mask(mask: Tensor, cells: tuple[int, ...]) -> None:
+    # A mask of one image would be broadcast over the batch in silence.
+    if tuple(mask.shape) != cells:
+        fail(
+            expected=f"an FGFI mask of shape {cells}",
+            received=str(tuple(mask.shape)),
+            remedy="pass the boxes of every image, an empty tensor where it has none",
+        )
 
 
 @LOSSES.register("FGFI")
@@ -290,9 +301,7 @@ class FGFILoss(DistillLoss):
             self.threshold,
             self.assign,  # type: ignore[arg-type]
         )
-        adapted = [
-            conv(full_precision(x)) for conv, x in zip(self.adaptors, student, strict=True)
-        ]
+        adapted = [conv(full_precision(x)) for conv, x in zip(self.adaptors, student, strict=True)]
         if self.relu:
             adapted = [F.relu(x) for x in adapted]
         return imitation_loss(adapted, teacher, masks, self.normalizer)  # type: ignore[arg-type]

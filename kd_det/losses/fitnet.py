@@ -131,8 +131,6 @@ class FitNetLoss(DistillLoss):
                 continue
             adapted = adaptor(full_precision(s))
             if adapted.shape[-2:] != t.shape[-2:]:
-                adapted = F.interpolate(
-                    adapted, t.shape[-2:], mode="bilinear", align_corners=False
-                )
+                adapted = F.interpolate(adapted, t.shape[-2:], mode="bilinear", align_corners=False)
             losses.append(hint_loss(adapted, t))
         return torch.stack(losses).sum()

@@ -81,21 +81,19 @@ class ABF(nn.Module):
 
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int, fuse: bool) -> None:
         super().__init__()
-        self.conv1 = nn.Sequential(
+        self.conv1: Any = nn.Sequential(
             nn.Conv2d(in_channels, mid_channels, 1, bias=False), nn.BatchNorm2d(mid_channels)
         )
         self.att_conv = nn.Sequential(nn.Conv2d(2 * mid_channels, 2, 1)) if fuse else None
         # No final ReLU: FPN levels are signed.
-        self.conv2 = nn.Sequential(
+        self.conv2: Any = nn.Sequential(
             nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=False),
             nn.BatchNorm2d(out_channels),
         )
         for conv in (self.conv1[0], self.conv2[0]):
             nn.init.kaiming_uniform_(conv.weight, a=1)
 
-    def forward(
-        self, x: Tensor, deeper: Tensor | None, size: torch.Size
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, deeper: Tensor | None, size: torch.Size) -> tuple[Tensor, Tensor]:
         """Fuse and project.
 
         Args:

@@ -2,18 +2,18 @@
 
 from kd_det.hosts.detectron2.config import add_kd_config, get_cfg
 from kd_det.hosts.detectron2.meta_arch import (
+    Distillation,
     DistilledFCOS,
     DistilledRCNN,
     DistilledRetinaNet,
-    Distillation,
 )
 from kd_det.hosts.detectron2.teacher import Teacher, build_teacher
 
 __all__ = [
+    "Distillation",
     "DistilledFCOS",
     "DistilledRCNN",
     "DistilledRetinaNet",
-    "Distillation",
     "Teacher",
     "add_kd_config",
     "build_teacher",

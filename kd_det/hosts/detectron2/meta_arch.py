@@ -71,6 +71,7 @@ class DistillMixin(nn.Module):
     """The training branch shared by all distilled meta-architectures."""
 
     distiller: Distiller | None
+    num_classes: int  # of the dense detectors
 
     def _attach(self, distillation: Distillation | None) -> None:
         """Build taps and distiller once the stock model exists."""
@@ -164,6 +165,7 @@ class DistillMixin(nn.Module):
         assert self.teacher is not None
         # Parameters decide the dtype: under autocast images are still float32.
         self.teacher.frozen.follow(next(self.backbone.parameters()))
+        teacher: Any
         with self.teacher.frozen.inference() as teacher:
             padded = (images.shape[-2], images.shape[-1])
             pixels = teacher_pass.teacher_images(

@@ -3,7 +3,7 @@
 Names are the same for student and teacher whatever the backbone calls its stages:
 
 * ``p2, p3, ...``: outputs of the backbone (FPN levels), by Detectron2's own names;
-* ``c2, c3, ...``: bottom-up stages by stride, ``c3`` being the stage of stride 8 (``res3``, ``m3``);
+* ``c2, c3, ...``: bottom-up stages by stride; ``c3`` is the stage of stride 8 (``res3``, ``m3``);
 * ``box_logits``: classification logits of the student's sampled boxes, ``[R, K + 1]``; for a
   cascade one per stage;
 * ``mask_logits``: mask logits of the sampled foreground boxes, for their own class, ``[R, M, M]``;
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
@@ -25,15 +26,18 @@ from kd_det.taps import Tap, TapRecorder
 
 Specs = dict[str, TapSpec | list[TapSpec]]
 
+# A stock meta-architecture. As nn.Module its attributes would all be "Tensor | Module".
+StockModel = Any
+
 _PROBE_SIZE = 256  # pixels; enough for one cell at stride 128 after padding
 
 
-def num_box_stages(model: nn.Module) -> int:
+def num_box_stages(model: StockModel) -> int:
     """1, or the number of stages of a cascade."""
     return getattr(model.roi_heads, "num_cascade_stages", 1)
 
 
-def box_branches(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+def box_branches(model: StockModel) -> list[tuple[Any, Any]]:
     """``(box_head, box_predictor)`` of each stage."""
     heads, predictors = model.roi_heads.box_head, model.roi_heads.box_predictor
     if isinstance(predictors, nn.ModuleList):
@@ -41,7 +45,7 @@ def box_branches(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     return [(heads, predictors)]
 
 
-def feature_taps(model: nn.Module, wanted: Collection[str]) -> tuple[dict[str, Tap], Specs]:
+def feature_taps(model: StockModel, wanted: Collection[str]) -> tuple[dict[str, Tap], Specs]:
     """Taps and specs of the wanted backbone features; names it does not know are left out."""
     backbone = model.backbone
     bottom_up = getattr(backbone, "bottom_up", None)
@@ -61,7 +65,7 @@ def feature_taps(model: nn.Module, wanted: Collection[str]) -> tuple[dict[str, T
     return taps, specs
 
 
-def head_specs(model: nn.Module) -> Specs:
+def head_specs(model: StockModel) -> Specs:
     """Specs of the logits the model's heads produce. Channels are what classes are compared by."""
     specs = Specs()
     if isinstance(model, DenseDetector):
@@ -77,7 +81,7 @@ def head_specs(model: nn.Module) -> Specs:
     return specs
 
 
-def sigmoid_heads(model: nn.Module) -> set[str]:
+def sigmoid_heads(model: StockModel) -> set[str]:
     """Names of heads trained with sigmoid cross-entropy, for which softmax has no meaning."""
     names = {"cls_logits", "mask_logits"}
     if hasattr(getattr(model, "roi_heads", None), "box_predictor") and any(
@@ -87,7 +91,7 @@ def sigmoid_heads(model: nn.Module) -> set[str]:
     return names
 
 
-def head_taps(model: nn.Module, wanted: Collection[str]) -> dict[str, Tap]:
+def head_taps(model: StockModel, wanted: Collection[str]) -> dict[str, Tap]:
     """Taps that the wanted logits (and ``anchors``) of a student need."""
     taps: dict[str, Tap] = {}
     dense = isinstance(model, DenseDetector)
@@ -105,18 +109,20 @@ def head_taps(model: nn.Module, wanted: Collection[str]) -> dict[str, Tap]:
         taps["mask_instances"] = Tap("roi_heads.mask_head", at="input", select=1)
         taps["mask_logits"] = Tap("roi_heads.mask_head.predictor")
     if "anchors" in wanted:
-        taps["anchors"] = Tap("anchor_generator" if dense else "proposal_generator.anchor_generator")
+        taps["anchors"] = Tap(
+            "anchor_generator" if dense else "proposal_generator.anchor_generator"
+        )
     return taps
 
 
-def anchor_levels(model: nn.Module) -> list[str]:
+def anchor_levels(model: StockModel) -> list[str]:
     """Feature names in the order in which the anchor generator sees them."""
     if isinstance(model, DenseDetector):
         return list(model.head_in_features)
     return list(model.proposal_generator.in_features)
 
 
-def _probe(model: nn.Module, path: str) -> TapSpec:
+def _probe(model: StockModel, path: str) -> TapSpec:
     """Width and stride of any map inside the backbone, from one forward of a blank image."""
     recorder = TapRecorder(model, {"probe": path})
     training = {module: module.training for module in model.modules()}

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from detectron2.structures import Boxes, Instances
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from kd_det.adaptors import crop_to
 from kd_det.checks import fail
-from kd_det.hosts.detectron2.taps import box_branches
+from kd_det.hosts.detectron2.taps import StockModel, box_branches
+
 
 def check_formats(student: str, teacher: str) -> None:
     """Refuse channel orders that cannot be converted into each other without loss."""
@@ -30,7 +31,7 @@ def check_formats(student: str, teacher: str) -> None:
 
 
 def teacher_images(
-    teacher: nn.Module,
+    teacher: StockModel,
     batched_inputs: Sequence[Mapping[str, Any]],
     flip_channels: bool,
     padded_size: tuple[int, int],
@@ -50,7 +51,9 @@ def teacher_images(
     Returns:
         ``[N, C, H', W']`` with ``H' >= H`` and ``W' >= W``.
     """
-    images = [{"image": x["image"].flip(0) if flip_channels else x["image"]} for x in batched_inputs]
+    images = [
+        {"image": x["image"].flip(0) if flip_channels else x["image"]} for x in batched_inputs
+    ]
     tensor = teacher.preprocess_image(images).tensor
     divisor = max(teacher.backbone.size_divisibility, 1)
     extra = [
@@ -61,7 +64,7 @@ def teacher_images(
 
 
 def box_logits(
-    teacher: nn.Module, features: Mapping[str, Tensor], boxes: Sequence[Sequence[Boxes]]
+    teacher: StockModel, features: Mapping[str, Tensor], boxes: Sequence[Sequence[Boxes]]
 ) -> list[Tensor]:
     """The teacher's classification logits of the student's boxes.
 
@@ -103,7 +106,7 @@ def check_stages(student: int, teacher: int) -> None:
         )
 
 
-def check_anchors(student: nn.Module, teacher: nn.Module) -> None:
+def check_anchors(student: StockModel, teacher: StockModel) -> None:
     """Refuse dense heads whose predictions do not correspond one to one."""
     layouts = []
     for model in (student, teacher):
@@ -119,7 +122,7 @@ def check_anchors(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def mask_logits(
-    teacher: nn.Module, features: Mapping[str, Tensor], boxes: Sequence[Boxes]
+    teacher: StockModel, features: Mapping[str, Tensor], boxes: Sequence[Boxes]
 ) -> Tensor:
     """The teacher's mask logits ``[R, K or 1, M, M]`` of the student's foreground boxes."""
     roi_heads = teacher.roi_heads

@@ -28,7 +28,6 @@ from kd_det.hosts.detectron2.teacher import find_config
 from kd_det.runs import check_devices, check_output_dir, under_torchrun
 
 
-
 class Trainer(DefaultTrainer):
     """``DefaultTrainer`` with the COCO evaluator, and data-parallel on CPU too."""
 

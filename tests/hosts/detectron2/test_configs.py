@@ -32,7 +32,7 @@ pytestmark = pytest.mark.detectron2
 
 ROOT = Path(__file__).resolve().parents[3]
 STOCK = {"DistilledRCNN": "GeneralizedRCNN", "DistilledRetinaNet": "RetinaNet"}
-BGR = [103.53, 116.28, 123.675]
+BGR_MEAN = [103.53, 116.28, 123.675]
 
 # Pair -> model-zoo config of the teacher, ReviewKD's weight in the authors' released configs.
 # Pairs that share a teacher follow each other, so that one teacher at a time is kept.
@@ -109,9 +109,10 @@ class TestPublishedValues:
     @experiments
     def test_terms_are_the_specified_ones(self, loss: str, pair: str) -> None:
         cfg = load(f"{loss}_{pair}")
-        assert cfg.KD.ENABLED == (loss != "baseline")
-        assert cfg.KD.TERMS == expected_terms(loss, pair)
-        assert cfg.OUTPUT_DIR == f"outputs/{loss}_{pair}"
+        terms, folder = cfg.KD.TERMS, cfg.OUTPUT_DIR
+        assert terms == expected_terms(loss, pair)
+        assert cfg.KD.ENABLED is (loss != "baseline")
+        assert folder == f"outputs/{loss}_{pair}"
 
     @pairs
     def test_schedule_is_the_published_one(self, pair: str) -> None:
@@ -119,7 +120,7 @@ class TestPublishedValues:
         solver = cfg.SOLVER
         assert (solver.IMS_PER_BATCH, solver.MAX_ITER) == (8, 180_000)
         assert solver.STEPS == (120_000, 160_000)
-        assert solver.BASE_LR == (0.005 if pair.startswith("retinanet") else 0.01)
+        assert pytest.approx(0.005 if pair.startswith("retinanet") else 0.01) == solver.BASE_LR
         assert (solver.WARMUP_ITERS, solver.WARMUP_FACTOR) == (1000, 0.001)
         assert cfg.INPUT.MIN_SIZE_TRAIN == (640, 672, 704, 736, 768, 800)
         assert cfg.INPUT.MAX_SIZE_TRAIN == 1333
@@ -128,24 +129,25 @@ class TestPublishedValues:
     @pairs
     def test_teacher_is_a_zoo_model_with_its_own_weights(self, pair: str) -> None:
         cfg = load(f"kd_{pair}")
-        assert cfg.KD.TEACHER.CONFIG_FILE == PAIRS[pair][0]
-        url = model_zoo.get_checkpoint_url(PAIRS[pair][0])
-        assert cfg.KD.TEACHER.WEIGHTS == url.replace(
-            "https://dl.fbaipublicfiles.com/detectron2/", "detectron2://"
-        )
-        assert not cfg.KD.TEACHER.ALLOW_RANDOM
+        teacher, zoo_name = cfg.KD.TEACHER, PAIRS[pair][0]
+        config_file, weights = teacher.CONFIG_FILE, teacher.WEIGHTS
+        assert config_file == zoo_name
+        # What Detectron2 resolves the prefix to.
+        url = weights.replace("detectron2://", "https://dl.fbaipublicfiles.com/detectron2/")
+        assert url == model_zoo.get_checkpoint_url(zoo_name)
+        assert not teacher.ALLOW_RANDOM
 
     @pairs
     def test_pixel_statistics_belong_to_the_weights(self, pair: str) -> None:
         cfg = load(f"baseline_{pair}")
+        weights, order = cfg.MODEL.WEIGHTS, cfg.INPUT.FORMAT
+        mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
         if "_r50_" in pair:
-            assert (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN) == ("BGR", BGR)
-            assert cfg.MODEL.PIXEL_STD == [1.0, 1.0, 1.0]
-            assert cfg.MODEL.WEIGHTS.endswith("MSRA/R-50.pkl")
+            assert weights == "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
+            assert (order, mean, std) == ("BGR", BGR_MEAN, [1.0, 1.0, 1.0])
         else:
-            assert (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN) == ("RGB", BGR[::-1])
-            assert cfg.MODEL.PIXEL_STD == [58.395, 57.12, 57.375]
-            assert cfg.MODEL.WEIGHTS.startswith("weights/")
+            assert weights.startswith("weights/")
+            assert (order, mean, std) == ("RGB", BGR_MEAN[::-1], [58.395, 57.12, 57.375])
 
     @pytest.mark.parametrize("pair", [pair for pair in PAIRS if "_r50_r101" in pair])
     def test_r50_student_is_the_zoo_model(self, pair: str) -> None:

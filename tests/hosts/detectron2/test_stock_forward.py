@@ -140,7 +140,9 @@ def test_teacher_logits_are_those_of_the_stock_teacher_on_the_students_boxes(
     teacher_files = write_teacher(tmp_path, name)
     model = build(distilled_cfg(name, teacher_files, all_terms(name, 1.0), opts))
     seen = {}
-    model.distiller.register_forward_pre_hook(lambda module, args: seen.update(zip("st", args)))
+    model.distiller.register_forward_pre_hook(
+        lambda module, args: seen.update(zip("st", args, strict=False))
+    )
     boxes = []
     model.roi_heads.box_pooler.register_forward_pre_hook(
         lambda module, args: boxes.append([Boxes(b.tensor.clone()) for b in args[1]])
@@ -169,7 +171,9 @@ def test_a_cascade_teaches_a_single_stage_by_its_mean_probability(tmp_path):
     teacher = write_teacher(tmp_path, "cascade")
     model = build(distilled_cfg("faster", teacher, all_terms("faster", 1.0)))
     seen = {}
-    model.distiller.register_forward_pre_hook(lambda module, args: seen.update(zip("st", args)))
+    model.distiller.register_forward_pre_hook(
+        lambda module, args: seen.update(zip("st", args, strict=False))
+    )
     with EventStorage():
         model(batch())
     (logits,) = seen["t"]["box_logits"]

@@ -118,9 +118,11 @@ def test_a_teacher_of_other_classes_cannot_teach_logits(tmp_path):
 
 
 def test_a_missing_config_is_refused_and_a_zoo_name_suggested():
-    with pytest.raises(KDError, match="did you mean 'COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml'"):
+    with pytest.raises(
+        KDError, match=r"did you mean 'COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml'"
+    ):
         find_config("COCO-Detection/faster_rcnn_R101_FPN_3x.yaml")
-    with pytest.raises(KDError, match="KD.TEACHER.CONFIG_FILE"):
+    with pytest.raises(KDError, match=r"KD.TEACHER.CONFIG_FILE"):
         find_config("")
 
 
@@ -180,7 +182,9 @@ def test_module_paths_are_taps(teacher):
 
 
 def test_a_term_may_not_take_the_name_of_a_task_loss(teacher):
-    model = build(distilled_cfg("faster", teacher, {"loss_cls": {"LOSS": "KD", "TAPS": ["box_logits"]}}))
+    model = build(
+        distilled_cfg("faster", teacher, {"loss_cls": {"LOSS": "KD", "TAPS": ["box_logits"]}})
+    )
     with EventStorage(), pytest.raises(KDError, match="loss_cls"):
         model(batch())
 
@@ -200,7 +204,9 @@ def test_pixels_are_reordered_before_the_teacher_normalises(tmp_path):
     teacher = model.teacher.frozen.model
     teacher.backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     inputs = batch(sizes=((64, 96),))
-    inputs[0]["image"] = torch.tensor([100, 150, 200], dtype=torch.uint8)[:, None, None].expand(3, 64, 96)
+    inputs[0]["image"] = torch.tensor([100, 150, 200], dtype=torch.uint8)[:, None, None].expand(
+        3, 64, 96
+    )
     with EventStorage():
         model(inputs)
     expected = torch.tensor([200 - 103.53, 150 - 116.28, 100 - 123.675])
@@ -223,7 +229,9 @@ def test_a_larger_padding_divisor_of_the_teacher_shifts_nothing(tmp_path):
         distilled_cfg("faster", write_teacher(tmp_path, "faster", deeper), all_terms("faster", 1.0))
     )
     seen, images = {}, []
-    model.distiller.register_forward_pre_hook(lambda module, args: seen.update(zip("st", args)))
+    model.distiller.register_forward_pre_hook(
+        lambda module, args: seen.update(zip("st", args, strict=False))
+    )
     teacher = model.teacher.frozen.model
     teacher.backbone.register_forward_pre_hook(lambda module, args: images.append(args[0]))
     inputs = batch(sizes=((72, 100),))
@@ -244,12 +252,12 @@ def test_a_larger_padding_divisor_of_the_student_shifts_nothing(tmp_path):
         "MODEL.FPN.IN_FEATURES", ["res2", "res3", "res4", "res5"],
     ]  # fmt: skip
     model = build(
-        distilled_cfg(
-            "faster", write_teacher(tmp_path, "faster"), all_terms("faster", 1.0), deeper
-        )
+        distilled_cfg("faster", write_teacher(tmp_path, "faster"), all_terms("faster", 1.0), deeper)
     )
     seen = {}
-    model.distiller.register_forward_pre_hook(lambda module, args: seen.update(zip("st", args)))
+    model.distiller.register_forward_pre_hook(
+        lambda module, args: seen.update(zip("st", args, strict=False))
+    )
     with EventStorage():
         model(batch(sizes=((72, 100),)))
     for level in ("p2", "p3", "p4"):
@@ -268,5 +276,5 @@ def test_disabled_distillation_builds_no_teacher(teacher):
 def test_enabled_distillation_needs_terms(teacher):
     cfg = distilled_cfg("faster", teacher, {})
     cfg.KD.TERMS = CfgNode(new_allowed=True)
-    with pytest.raises(KDError, match="KD.TERMS"):
+    with pytest.raises(KDError, match=r"KD.TERMS"):
         build(cfg)

@@ -46,7 +46,9 @@ def train_net(*arguments: str, launcher: tuple[str, ...] = (), code: int = 0) ->
     """Run the tool as a user does and return what it printed."""
     command = [sys.executable, *launcher, "tools/train_net.py", *arguments]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=300)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=env, check=False, timeout=300
+    )
     output = done.stdout + done.stderr
     assert done.returncode == code, output
     return output
@@ -90,7 +92,8 @@ def test_two_cpu_processes_end_with_equal_weights(options, tmp_path):
         "from kd_det.hosts.detectron2 import train\n"
         "after = train.Trainer.after_train\n"
         "def save(self):\n"
-        f"    torch.save(self.model.module.state_dict(), '{tmp_path}/rank%d.pth' % comm.get_rank())\n"
+        f"    path = '{tmp_path}/rank%d.pth' % comm.get_rank()\n"
+        "    torch.save(self.model.module.state_dict(), path)\n"
         "    after(self)\n"
         "train.Trainer.after_train = save\n"
         "from kd_det import cli\n"
@@ -134,9 +137,7 @@ def test_bad_input_is_one_sentence_before_anything_is_written(
     if overrides[1] == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     output = tmp_path / "out"
-    code = cli.main(
-        ["--config-file", str(CONFIG), *options, "OUTPUT_DIR", str(output), *overrides]
-    )
+    code = cli.main(["--config-file", str(CONFIG), *options, "OUTPUT_DIR", str(output), *overrides])
     message = capfd.readouterr().err.splitlines()[-1]
     assert code == 2
     assert message.startswith("error: expected ")
@@ -153,6 +154,8 @@ def test_more_gpus_than_there_are_is_refused(options, tmp_path, capfd):
 
 
 def test_an_override_may_set_an_argument_the_file_leaves_out(options):
-    cfg = load_cfg(str(CONFIG), [*options, "KD.TERMS.review.WEIGHT", "2", "KD.TERMS.review.MID_CHANNELS", "4"])
+    cfg = load_cfg(
+        str(CONFIG), [*options, "KD.TERMS.review.WEIGHT", "2", "KD.TERMS.review.MID_CHANNELS", "4"]
+    )
     assert cfg.KD.TERMS.review.WEIGHT == 2
     assert cfg.KD.TERMS.review.MID_CHANNELS == 4

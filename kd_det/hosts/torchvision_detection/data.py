@@ -1,0 +1,301 @@
+"""COCO-format data sets for torchvision detectors, and an order of samples that a seed decides."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from PIL import Image, ImageOps
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Mask
+
+from kd_det.checks import fail, nearest
+from kd_det.data.coco_json import check_coco_json
+from kd_det.hosts.torchvision_detection.models import num_classes
+
+Sample = tuple[Tensor, dict[str, Any]]
+
+_CACHE_BYTES = 512 * 2**20
+_COCO_SPLITS = {
+    "coco_2017_train": ("coco/annotations/instances_train2017.json", "coco/train2017"),
+    "coco_2017_val": ("coco/annotations/instances_val2017.json", "coco/val2017"),
+}
+_DIGITS = ("digits_train", "digits_val")
+
+
+class CocoDataset(Dataset[Sample]):
+    """Images and targets as torchvision's detectors take them.
+
+    Small data sets are kept in memory once they are decoded.
+
+    Args:
+        json_file: COCO instances annotations.
+        image_root: folder that ``file_name`` is relative to.
+        masks: whether targets have ``masks``.
+        training: leave out crowds and, with ``filter_empty``, images without boxes.
+        filter_empty: see ``training``.
+        flip: mirror half of the images.
+    """
+
+    def __init__(
+        self,
+        json_file: str | Path,
+        image_root: str | Path,
+        masks: bool = False,
+        training: bool = False,
+        filter_empty: bool = True,
+        flip: bool = False,
+    ) -> None:
+        self.root = Path(image_root)
+        self.masks = masks
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco = COCO(str(json_file))
+        # Contiguous labels from 1, in the order of the ids; 0 is the background.
+        self.class_names = [c["name"] for c in coco.loadCats(sorted(coco.getCatIds()))]
+        labels = {c: i + 1 for i, c in enumerate(sorted(coco.getCatIds()))}
+        self.images: list[dict[str, Any]] = []
+        self.annotations: list[list[dict[str, Any]]] = []
+        for image in coco.loadImgs(sorted(coco.getImgIds())):
+            annotations = [
+                _record(coco, a, labels[a["category_id"]], masks)
+                for a in coco.imgToAnns[image["id"]]
+                if min(a["bbox"][2:]) > 0 and not (training and a.get("iscrowd", 0))
+            ]
+            if annotations or not (training and filter_empty):
+                self.images.append(image)
+                self.annotations.append(annotations)
+        steps: list[Callable[..., Any]] = [v2.RandomHorizontalFlip()] if flip else []
+        steps += [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(labels_getter=_per_box)]
+        steps += [v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
+        self.transform = v2.Compose(steps)
+        size = sum(3 * i["width"] * i["height"] for i in self.images)
+        self._cache: dict[int, Tensor] | None = {} if size <= _CACHE_BYTES else None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        """``[3, H, W]`` in 0..1 and a dict with ``boxes``, ``labels``, ``iscrowd``, ..."""
+        image, annotations = self._read(index), self.annotations[index]
+        size = (image.shape[-2], image.shape[-1])
+        boxes = torch.tensor([a["box"] for a in annotations], dtype=torch.float32).view(-1, 4)
+        target: dict[str, Any] = {
+            "boxes": BoundingBoxes(boxes, format=BoundingBoxFormat.XYXY, canvas_size=size),
+            "labels": torch.tensor([a["label"] for a in annotations], dtype=torch.int64),
+            "iscrowd": torch.tensor([a["iscrowd"] for a in annotations], dtype=torch.int64),
+            "area": torch.tensor([a["area"] for a in annotations], dtype=torch.float32),
+        }
+        if self.masks:
+            stack = [torch.from_numpy(rle.decode(a["mask"])) for a in annotations]
+            target["masks"] = Mask(
+                torch.stack(stack) if stack else torch.zeros(0, *size, dtype=torch.uint8)
+            )
+        return self.transform(image, target)
+
+    def _read(self, index: int) -> Tensor:
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
+        with Image.open(self.root / self.images[index]["file_name"]) as file:
+            image = pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
+        if self._cache is not None:
+            self._cache[index] = image
+        return image
+
+
+class StepSampler(Sampler[int]):
+    """Endless reshuffled passes over a data set, cut to what a run needs.
+
+    The order follows from the seed alone, so a resumed run goes on where it was.
+
+    Args:
+        length: number of samples in the data set.
+        batch: samples of one iteration over all processes.
+        iterations: iterations of the whole run.
+        seed: decides the order.
+        start: iterations that are already done.
+        rank: index of this process.
+        world: number of processes.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch: int,
+        iterations: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.length, self.batch, self.iterations, self.seed = length, batch, iterations, seed
+        self.start, self.rank, self.world = start, rank, world
+
+    def __len__(self) -> int:
+        return self.batch // self.world * self.iterations
+
+    def __iter__(self) -> Iterator[int]:
+        first, last = self.start * self.batch + self.rank, self.iterations * self.batch
+        order: list[int] = []
+        current = -1
+        for position in range(first, last, self.world):
+            if position // self.length != current:
+                current = position // self.length
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + current)
+                order = torch.randperm(self.length, generator=generator).tolist()
+            yield order[position % self.length]
+
+
+def dataset_paths(cfg: CfgNode, name: str) -> tuple[Path, Path]:
+    """Annotation file and image folder of a data set name.
+
+    The digits are written on their first use; Detectron2's ``DETECTRON2_DATASETS`` (default
+    ``datasets``) is the folder of the built-in names.
+
+    Raises:
+        KDError: an unknown name.
+    """
+    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
+    if name in cfg.DATASETS.COCO_JSON:
+        entry = cfg.DATASETS.COCO_JSON[name]
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2:
+            fail(
+                expected=f"DATASETS.COCO_JSON.{name} to be [json, image_root]",
+                received=repr(entry),
+                remedy="give the annotation file and the folder of the images",
+            )
+        return Path(entry[0]), Path(entry[1])
+    if name in _DIGITS:
+        from kd_det.data.digits import write_digits
+
+        return write_digits(root / "digits")[name]
+    if name in _COCO_SPLITS:
+        json_file, images = (root / part for part in _COCO_SPLITS[name])
+        if not json_file.is_file():
+            fail(
+                expected=f"COCO 2017 as {json_file} and {images}/",
+                received="no such file",
+                remedy="download it from cocodataset.org, or point DETECTRON2_DATASETS at the "
+                "folder that holds coco/",
+            )
+        return json_file, images
+    known = [*_DIGITS, *_COCO_SPLITS, *cfg.DATASETS.COCO_JSON]
+    fail(expected="a known data set", received=f"'{name}'", remedy=nearest(name, known))
+
+
+def check_datasets(cfg: CfgNode, training: bool = True) -> None:
+    """Refuse data that would fail or mislead, before anything is trained.
+
+    Raises:
+        KDError: see :func:`kd_det.data.coco_json.check_coco_json`; or another number of classes
+            than the model has, or masks that a Mask R-CNN lacks.
+    """
+    for key in ("TRAIN", "TEST") if training else ("TEST",):
+        if len(cfg.DATASETS[key]) != 1:
+            fail(
+                expected=f"DATASETS.{key} to name one data set",
+                received=str(tuple(cfg.DATASETS[key])),
+                remedy='write for example ("digits_train",); several can be merged into one json',
+            )
+        name = cfg.DATASETS[key][0]
+        found = check_coco_json(name, *dataset_paths(cfg, name))
+        if len(found["categories"]) != num_classes(cfg):
+            dense = cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "FCOS")
+            node = "RETINANET" if dense else "ROI_HEADS"
+            fail(
+                expected=f"data set '{name}' to have the model's {num_classes(cfg)} classes",
+                received=f"{len(found['categories'])} categories",
+                remedy=f"set MODEL.{node}.NUM_CLASSES {len(found['categories'])}",
+            )
+        if cfg.MODEL.META_ARCHITECTURE == "MaskRCNN" and found["annotations_without_mask"]:
+            fail(
+                expected=f"a segmentation for every annotation of '{name}', as Mask R-CNN needs",
+                received=f"{found['annotations_without_mask']} annotations without one",
+                remedy="add them, or train FasterRCNN",
+            )
+
+
+def train_loader(
+    cfg: CfgNode, seed: int, start: int = 0, rank: int = 0, world: int = 1
+) -> DataLoader[Sample]:
+    """Batches of a whole run as one pass, from iteration ``start`` on.
+
+    Raises:
+        KDError: a batch that the processes cannot share evenly.
+    """
+    batch = cfg.SOLVER.IMS_PER_BATCH
+    if batch % world:
+        fail(
+            expected="SOLVER.IMS_PER_BATCH to be a multiple of the number of processes",
+            received=f"{batch} images for {world} processes",
+            remedy="change one of them",
+        )
+    dataset = CocoDataset(
+        *dataset_paths(cfg, cfg.DATASETS.TRAIN[0]),
+        masks=cfg.MODEL.META_ARCHITECTURE == "MaskRCNN",
+        training=True,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        flip=cfg.INPUT.RANDOM_FLIP == "horizontal",
+    )
+    sampler = StepSampler(len(dataset), batch, cfg.SOLVER.MAX_ITER, seed, start, rank, world)
+    return _loader(cfg, dataset, sampler, batch // world, seed)
+
+
+def evaluation_loader(cfg: CfgNode, rank: int = 0, world: int = 1) -> DataLoader[Sample]:
+    """The test images once; each process has its own, none twice."""
+    dataset = CocoDataset(
+        *dataset_paths(cfg, cfg.DATASETS.TEST[0]),
+        masks=cfg.MODEL.META_ARCHITECTURE == "MaskRCNN",
+    )
+    batch = max(1, cfg.SOLVER.IMS_PER_BATCH // world)
+    return _loader(cfg, dataset, range(rank, len(dataset), world), batch, 0)
+
+
+def collate(samples: Sequence[Sample]) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Lists rather than stacked tensors: images differ in size."""
+    images, targets = zip(*samples, strict=True)
+    return list(images), list(targets)
+
+
+def _loader(
+    cfg: CfgNode, dataset: CocoDataset, sampler: Any, batch: int, seed: int
+) -> DataLoader[Sample]:
+    return DataLoader(
+        dataset,
+        batch,
+        sampler=sampler,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        persistent_workers=cfg.DATALOADER.NUM_WORKERS > 0,
+        collate_fn=collate,
+        # Its own: starting an iterator would otherwise draw from the global stream.
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def _record(coco: COCO, annotation: dict[str, Any], label: int, masks: bool) -> dict[str, Any]:
+    x, y, width, height = annotation["bbox"]
+    record = {
+        "box": [x, y, x + width, y + height],
+        "label": label,
+        "iscrowd": annotation.get("iscrowd", 0),
+        "area": annotation.get("area", width * height),
+    }
+    if masks:
+        record["mask"] = coco.annToRLE(annotation)
+    return record
+
+
+def _per_box(inputs: Any) -> list[Tensor]:
+    """Whatever has a row per box and must go when the box goes."""
+    target = inputs[1]
+    return [target["labels"], target["iscrowd"], target["area"]]

@@ -1,0 +1,327 @@
+"""Train and evaluate a torchvision detector, alone or under a teacher, from a config."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from fvcore.common.config import CfgNode
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import nn
+
+from kd_det.checkpoint import read_weights
+from kd_det.checks import fail
+from kd_det.config import read_terms
+from kd_det.hosts.torchvision_detection.callbacks import (
+    JSONLines,
+    Progress,
+    ReportProgress,
+    StepProgressBar,
+)
+from kd_det.hosts.torchvision_detection.config import check_config, load_config
+from kd_det.hosts.torchvision_detection.data import check_datasets
+from kd_det.hosts.torchvision_detection.lit import LitDetector
+from kd_det.hosts.torchvision_detection.model import DistilledDetector
+from kd_det.hosts.torchvision_detection.models import build_model
+from kd_det.hosts.torchvision_detection.teacher import build_teacher
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT, FINAL, CONFIG = "last.ckpt", "model_final.pth", "config.yaml"
+_LOG_PERIOD = 20
+
+Results = dict[str, dict[str, float]]
+
+
+def main(args: argparse.Namespace) -> Results:
+    """Entry point of ``tools/train_net.py`` for this host.
+
+    Args:
+        args: ``config_file``, ``opts``, ``resume``, ``eval_only``, ``num_gpus``,
+            ``num_machines``, ``machine_rank`` and ``dist_url``.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    machines = getattr(args, "num_machines", 1)
+    if machines > 1 and "WORLD_SIZE" not in os.environ:
+        # Lightning reads the rendezvous from the environment.
+        address = str(args.dist_url).rpartition("//")[2].partition(":")
+        os.environ.update(
+            MASTER_ADDR=address[0], MASTER_PORT=address[2], NODE_RANK=str(args.machine_rank)
+        )
+    results = run(
+        cfg,
+        resume=args.resume,
+        eval_only=args.eval_only,
+        num_gpus=getattr(args, "num_gpus", 1),
+        num_machines=machines,
+    )
+    show = rank_zero_only(print)
+    for kind, values in results.items():
+        show(f"{kind}: " + ", ".join(f"{k} {v:.2f}" for k, v in values.items()))
+    return results
+
+
+def run(
+    cfg: CfgNode,
+    resume: bool = False,
+    eval_only: bool = False,
+    progress: Progress | None = None,
+    callbacks: Sequence[pl.Callback] = (),
+    num_gpus: int = 1,
+    num_machines: int = 1,
+) -> Results:
+    """Train as a config says, evaluate, and leave everything in ``OUTPUT_DIR``.
+
+    ``model_final.pth`` holds the student's keys and the adaptors under ``distiller.*``,
+    ``last.ckpt`` what a resumed run needs, ``metrics.json`` and ``metrics.csv`` the curves,
+    ``results.json`` what is returned.
+
+    Args:
+        cfg: a config of this host.
+        resume: go on from ``last.ckpt`` in ``OUTPUT_DIR`` if it is there.
+        eval_only: evaluate ``MODEL.WEIGHTS``, or else what ``OUTPUT_DIR`` holds.
+        progress: called instead of a progress bar; see :class:`ReportProgress`.
+        callbacks: further Lightning callbacks.
+        num_gpus: processes on this machine where ``MODEL.DEVICE`` is ``cuda``.
+        num_machines: machines of the run.
+
+    Returns:
+        ``{"bbox": {"AP": ..., "AP50": ...}, "segm": {...}}`` in percent.
+
+    Raises:
+        KDError: anything that would fail later, before training and before anything is written.
+    """
+    check_config(cfg)
+    hardware = _hardware(cfg, num_gpus, num_machines)
+    output = Path(cfg.OUTPUT_DIR)
+    if not resume and not eval_only:
+        _check_unused(output)
+    weights = _evaluated_weights(cfg, output) if eval_only else cfg.MODEL.WEIGHTS
+    check_datasets(cfg, training=not eval_only)
+    seed = cfg.SEED if cfg.SEED >= 0 else _common_seed()
+    _quiet()
+    pl.seed_everything(seed, verbose=False)
+    model = build_training_model(cfg, str(weights), distilled=not eval_only)
+    lit = LitDetector(model, cfg, seed)
+    bar = [ReportProgress(progress)] if progress else [StepProgressBar(refresh_rate=5)]
+    trainer = _trainer(cfg, hardware, output, [*bar, *callbacks], eval_only)
+    # Whatever building drew must not show in training, and every process needs its own stream.
+    pl.seed_everything(seed + trainer.global_rank, verbose=False)
+    if not eval_only:
+        if trainer.is_global_zero:
+            output.mkdir(parents=True, exist_ok=True)
+            (output / CONFIG).write_text(cfg.dump())
+        checkpoint = output / CHECKPOINT
+        resumed = resume and checkpoint.is_file()
+        trainer.fit(lit, ckpt_path=str(checkpoint) if resumed else None)
+        trainer.save_checkpoint(checkpoint)
+        if trainer.is_global_zero:
+            torch.save({"model": model.state_dict()}, output / FINAL)
+    if eval_only or lit.evaluated_at != cfg.SOLVER.MAX_ITER:
+        trainer.validate(lit, verbose=False)
+    if trainer.is_global_zero and not eval_only:
+        (output / "results.json").write_text(json.dumps(lit.results, indent=2) + "\n")
+    return lit.results
+
+
+def build_training_model(cfg: CfgNode, weights: str = "", distilled: bool = True) -> nn.Module:
+    """The stock student, and around it the teacher and the terms where ``KD.ENABLED``.
+
+    Args:
+        cfg: a config of this host.
+        weights: the student's start.
+        distilled: False leaves the teacher out whatever the config says, as evaluation does.
+    """
+    student = build_model(cfg)
+    if weights:
+        load_student(student, weights, complete=not distilled)
+    if not (distilled and cfg.KD.ENABLED):
+        return student
+    if not cfg.KD.TERMS:
+        fail(
+            expected="KD.TERMS to name at least one loss",
+            received="none",
+            remedy="add a term, or set KD.ENABLED False to train the plain student",
+        )
+    return DistilledDetector(student, build_teacher(cfg), read_terms(cfg), cfg.KD.REPORT_PERIOD)
+
+
+def load_student(student: nn.Module, weights: str, complete: bool) -> None:
+    """Load a start for training, or all weights for evaluation.
+
+    Args:
+        student: the stock detector.
+        weights: a file that :func:`kd_det.checkpoint.read_weights` reads.
+        complete: every key must be there, as evaluation needs. Otherwise heads of another class
+            count or absent ones keep their random start, and are listed.
+
+    Raises:
+        KDError: nothing in the file fits, or not everything where it must.
+    """
+    own, given = student.state_dict(), read_weights(weights)
+    fitting = {k: v for k, v in given.items() if k in own and v.shape == own[k].shape}
+    lacking = [key for key in own if key not in fitting]
+    if not fitting or (complete and lacking):
+        fail(
+            expected=f"'{weights}' to hold the {len(own)} keys of this {type(student).__name__}",
+            received=f"{len(fitting)} that fit; lacking {', '.join(lacking[:8])}",
+            remedy="use the config the weights were trained with",
+        )
+    student.load_state_dict(fitting, strict=False)
+    if lacking:
+        logger.warning("%s has nothing for: %s", weights, ", ".join(lacking))
+
+
+def _check_unused(output: Path) -> None:
+    taken = [n for n in (CHECKPOINT, FINAL, CONFIG, "metrics.json") if (output / n).exists()]
+    if taken:
+        fail(
+            expected=f"OUTPUT_DIR {output} to be new or empty",
+            received=f"the {', '.join(taken)} of another run",
+            remedy="use --resume to go on with that run, or another OUTPUT_DIR",
+        )
+
+
+def _evaluated_weights(cfg: CfgNode, output: Path) -> str:
+    candidates = [output / FINAL, output / CHECKPOINT]
+    found = [str(path) for path in candidates if path.is_file()]
+    if not cfg.MODEL.WEIGHTS and not found:
+        fail(
+            expected="weights to evaluate",
+            received=f"no MODEL.WEIGHTS, and nothing in OUTPUT_DIR {output}",
+            remedy="add MODEL.WEIGHTS path/to/model_final.pth",
+        )
+    return cfg.MODEL.WEIGHTS or found[0]
+
+
+def _common_seed() -> int:
+    """A new seed, the same in all processes of a run."""
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0 and "PL_GLOBAL_SEED" in os.environ:
+        # Started by Lightning from a process that has drawn one.
+        return int(os.environ["PL_GLOBAL_SEED"])
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "") + os.environ.get("MASTER_PORT", "")
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not name:
+        return int.from_bytes(os.urandom(3), "big")
+    return sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**24
+
+
+def _hardware(cfg: CfgNode, num_gpus: int, num_machines: int) -> dict[str, Any]:
+    """Lightning's arguments for devices, checked."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if cfg.MODEL.DEVICE == "cpu":
+        if num_gpus > 1:
+            fail(
+                expected="--num-gpus 0 or 1 with MODEL.DEVICE cpu",
+                received=f"--num-gpus {num_gpus}",
+                remedy="use torchrun --nproc_per_node for several processes on a CPU",
+            )
+        devices, accelerator = local, "cpu"
+    else:
+        there = torch.cuda.device_count()
+        devices, accelerator = max(local, num_gpus, 1), "cuda"
+        if devices > there:
+            fail(
+                expected=f"{devices} GPU(s) for --num-gpus {devices}",
+                received=f"{there} on this machine",
+                remedy="lower --num-gpus, or add MODEL.DEVICE cpu"
+                if there == 0
+                else f"use --num-gpus {there}",
+            )
+    return {
+        "accelerator": accelerator,
+        "devices": devices,
+        "num_nodes": max(num_machines, world // local),
+        "strategy": "ddp" if max(world, devices * num_machines) > 1 else "auto",
+        # The samplers know their rank.
+        "use_distributed_sampler": False,
+    }
+
+
+def _precision(cfg: CfgNode) -> str:
+    if not cfg.SOLVER.AMP.ENABLED:
+        return "32-true"
+    if cfg.MODEL.DEVICE != "cpu":
+        return "16-mixed"
+    if not computes_in_bfloat16():
+        logger.warning("SOLVER.AMP.ENABLED: this CPU only emulates bfloat16; training in float32")
+        return "32-true"
+    return "bf16-mixed"
+
+
+def computes_in_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16, and does not take longer than float32."""
+    flag = Path("/proc/cpuinfo")
+    if flag.is_file():
+        return "avx512_bf16" in (text := flag.read_text()) or " bf16" in text
+    return False
+
+
+def _trainer(
+    cfg: CfgNode,
+    hardware: dict[str, Any],
+    output: Path,
+    callbacks: Sequence[pl.Callback],
+    eval_only: bool,
+) -> pl.Trainer:
+    solver, period = cfg.SOLVER, cfg.TEST.EVAL_PERIOD
+    clip = solver.CLIP_GRADIENTS
+    every = 0 < period < solver.MAX_ITER
+    loggers: list[Any] = []
+    own: list[pl.Callback] = []
+    if not eval_only:
+        loggers = [
+            CSVLogger(output, name="", version=""),
+            TensorBoardLogger(output, name="", version=""),
+        ]
+        own = [
+            JSONLines(output / "metrics.json", _LOG_PERIOD),
+            ModelCheckpoint(
+                output,
+                filename=Path(CHECKPOINT).stem,
+                every_n_train_steps=max(1, solver.CHECKPOINT_PERIOD),
+                enable_version_counter=False,
+            ),
+        ]
+    return pl.Trainer(
+        **hardware,
+        precision=_precision(cfg),  # type: ignore[arg-type]
+        max_steps=solver.MAX_ITER,
+        max_epochs=-1,
+        logger=loggers or False,
+        callbacks=[*own, *callbacks],
+        enable_checkpointing=not eval_only,
+        enable_model_summary=False,
+        log_every_n_steps=min(_LOG_PERIOD, solver.MAX_ITER),
+        num_sanity_val_steps=0,
+        limit_val_batches=None if every or eval_only else 1.0,
+        val_check_interval=period if every else None,
+        gradient_clip_val=clip.CLIP_VALUE if clip.ENABLED else None,
+        gradient_clip_algorithm=clip.CLIP_TYPE if clip.ENABLED else None,
+        default_root_dir=str(output),
+    )
+
+
+def _quiet() -> None:
+    """Hints of Lightning that do not apply here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        # It is resumed by iteration, in LitDetector.train_dataloader.
+        ".*resuming from a checkpoint that ended before the epoch ended.*",
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*Experiment logs directory .* exists and is not empty.*",
+        # Lightning's own use of torch.
+        ".*isinstance.treespec, LeafSpec.. is deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", message)

@@ -1,0 +1,157 @@
+"""The little that the quickstart asks of a host: train, predict, count."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Progress = Callable[[str, int, int], None]
+Results = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a detector sees on one image.
+
+    Attributes:
+        boxes: ``[D, 4]`` absolute ``(x1, y1, x2, y2)`` pixels.
+        classes: ``[D]``, from 0.
+        scores: ``[D]``.
+    """
+
+    boxes: Tensor
+    classes: Tensor
+    scores: Tensor
+
+
+class Host(Protocol):
+    """A host as the quickstart needs it."""
+
+    configs: str
+    """Folder below ``configs/`` with ``teacher_frcnn.yaml`` and its students."""
+
+    def train(self, config: Path, opts: Sequence[str], output: Path, progress: Progress) -> Results:
+        """Train a config, or go on where an interrupted run was; results in percent."""
+        ...
+
+    def load(self, output: Path) -> nn.Module:
+        """The trained plain student of a finished run, ready to predict."""
+        ...
+
+    def predict(self, model: nn.Module, image: Tensor) -> Detections:
+        """Detect on one RGB image, uint8 ``[3, H, W]``."""
+        ...
+
+
+def finished(output: Path) -> Results | None:
+    """Results of a run that is done; None if it must be run or continued."""
+    path = output / "results.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+@contextlib.contextmanager
+def log_to(path: Path, *loggers: str) -> Iterator[None]:
+    """Send what libraries print and log to a file, so that the screen shows progress only."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file, contextlib.redirect_stdout(file):
+        handler = logging.StreamHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+        for name in loggers:
+            logger = logging.getLogger(name)
+            logger.setLevel(logging.INFO)
+            logger.propagate = False
+            logger.handlers = [handler]
+        yield
+
+
+class TorchvisionHost:
+    """The embedded host: everything it needs is on the package index."""
+
+    configs = "digits_torchvision"
+
+    def train(self, config: Path, opts: Sequence[str], output: Path, progress: Progress) -> Results:
+        """See :class:`Host`."""
+        from kd_det.hosts.torchvision_detection.config import load_config
+        from kd_det.hosts.torchvision_detection.train import run
+
+        cfg = load_config(str(config), [*opts, "OUTPUT_DIR", str(output)])
+        with log_to(output / "log.txt", "lightning", "lightning.pytorch"):
+            return run(cfg, resume=(output / "last.ckpt").is_file(), progress=progress)
+
+    def load(self, output: Path) -> nn.Module:
+        """See :class:`Host`."""
+        from kd_det.hosts.torchvision_detection.config import load_config
+        from kd_det.hosts.torchvision_detection.lit import set_input_sizes
+        from kd_det.hosts.torchvision_detection.train import build_training_model
+
+        cfg = load_config(str(output / "config.yaml"), [])
+        model = build_training_model(cfg, str(output / "model_final.pth"), distilled=False)
+        set_input_sizes(model, cfg, training=False)
+        return model.eval()
+
+    def predict(self, model: nn.Module, image: Tensor) -> Detections:
+        """See :class:`Host`."""
+        with torch.no_grad():
+            found = model([image.float() / 255])[0]
+        return Detections(found["boxes"], found["labels"] - 1, found["scores"])
+
+
+class Detectron2Host:
+    """The same run through Detectron2."""
+
+    configs = "digits"
+
+    def train(self, config: Path, opts: Sequence[str], output: Path, progress: Progress) -> Results:
+        """See :class:`Host`."""
+        from detectron2.engine import seed_all_rng
+        from detectron2.engine.hooks import HookBase
+
+        from kd_det.hosts.detectron2.train import load_cfg, run
+
+        class Report(HookBase):
+            def after_step(self) -> None:
+                progress("train", self.trainer.iter + 1, self.trainer.max_iter)
+
+        cfg = load_cfg(str(config), [*opts, "OUTPUT_DIR", str(output)])
+        with log_to(output / "log.txt", "detectron2", "fvcore"):
+            (output / "config.yaml").write_text(cfg.dump())
+            seed_all_rng(cfg.SEED if cfg.SEED >= 0 else None)
+            resume = (output / "last_checkpoint").is_file()
+            results: dict[str, Any] = run(cfg, resume=resume, extra_hooks=[Report()])
+        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        return results
+
+    def load(self, output: Path) -> nn.Module:
+        """See :class:`Host`."""
+        from detectron2.modeling import build_model
+
+        from kd_det.checkpoint import read_weights, strip_distiller
+        from kd_det.hosts.detectron2.train import load_cfg
+        from kd_det.teacher import load_strict
+
+        cfg = load_cfg(str(output / "config.yaml"), ["KD.ENABLED", "False"])
+        model = build_model(cfg)
+        weights = output / "model_final.pth"
+        load_strict(model, strip_distiller(read_weights(weights)), str(weights))
+        return model.eval()
+
+    def predict(self, model: nn.Module, image: Tensor) -> Detections:
+        """See :class:`Host`."""
+        bgr = image.flip(0)  # INPUT.FORMAT of configs/digits
+        with torch.no_grad():
+            found = model([{"image": bgr}])[0]["instances"]
+        return Detections(found.pred_boxes.tensor, found.pred_classes, found.scores)
+
+
+HOSTS: dict[str, type[Host]] = {
+    "torchvision_detection": TorchvisionHost,
+    "detectron2": Detectron2Host,
+}

@@ -1,0 +1,207 @@
+"""The phases of the quickstart, its table and its last sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from torch import Tensor, nn
+from torchvision.io import read_image
+
+from kd_det.data.digits import DigitsSpec, write_digits
+from kd_det.quickstart.hosts import HOSTS, Detections, Host, Results, finished
+from kd_det.quickstart.pictures import draw_curves, draw_detections
+from kd_det.runs import data_root
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+_TIMED_IMAGES = 30
+_SHOWN_IMAGES = 4
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training of the quickstart."""
+
+    name: str
+    label: str
+    config: str
+
+
+TEACHER = Phase("teacher", "teacher", "teacher_frcnn.yaml")
+ALONE = Phase("student_alone", "student alone", "baseline_frcnn.yaml")
+DISTILLED = Phase("student_distilled", "student distilled", "reviewkd_kd_frcnn.yaml")
+PHASES = (TEACHER, ALONE, DISTILLED)
+
+
+def quickstart(host_name: str, output: Path, opts: Sequence[str] = ()) -> dict[str, Results]:
+    """Run or continue all phases and write table and pictures below ``output``.
+
+    Args:
+        host_name: a key of :data:`kd_det.quickstart.hosts.HOSTS`.
+        output: folder of all runs and pictures.
+        opts: further config overrides, the same for all phases.
+
+    Returns:
+        Results per phase.
+    """
+    # The real screen: what libraries print goes to log files meanwhile.
+    console = Console()
+    host = HOSTS[host_name]()
+    runs = output / host_name
+    started = time.monotonic()
+    console.print(
+        f"[bold]kd_det quickstart[/] on {host_name}: {os.cpu_count()} CPU cores, "
+        f"{torch.get_num_threads()} threads. Everything goes to {output}/ and can be interrupted "
+        "and started again."
+    )
+    with Progress(
+        TextColumn("{task.description:<26}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        redirect_stdout=False,
+    ) as progress:
+        data = _write_data(progress)
+        results = {}
+        for phase in PHASES:
+            results[phase.name] = _train(host, phase, runs, opts, progress)
+    console.print(f"Trained in {(time.monotonic() - started) / 60:.1f} minutes.\n")
+    models = {phase: host.load(runs / phase.name) for phase in PHASES}
+    images, truth = _validation_images(*data["val"])
+    console.print(_table(host, models, results, images))
+    output.mkdir(parents=True, exist_ok=True)
+    students = {phase.label: runs / phase.name for phase in (ALONE, DISTILLED)}
+    draw_curves(students, results[TEACHER.name]["bbox"]["AP"], output / "curves.png")
+    shown = images[:_SHOWN_IMAGES]
+    columns: dict[str, list[Detections]] = {"ground truth": truth[:_SHOWN_IMAGES]}
+    for phase, model in models.items():
+        columns[phase.label] = [host.predict(model, image) for image in shown]
+    draw_detections(shown, columns, output / "detections.png")
+    console.print(f"Pictures: {output / 'curves.png'} and {output / 'detections.png'}\n")
+    console.print(_next_step(host_name), soft_wrap=True)
+    return results
+
+
+def _write_data(progress: Progress) -> dict[str, tuple[Path, Path]]:
+    spec = DigitsSpec()
+    total = spec.train_images + spec.val_images
+    task = progress.add_task("images of digits", total=total)
+    data = write_digits(
+        data_root() / "digits", spec, lambda done, of: progress.update(task, completed=done)
+    )
+    progress.update(task, completed=total)
+    return data
+
+
+def _train(
+    host: Host, phase: Phase, runs: Path, opts: Sequence[str], progress: Progress
+) -> Results:
+    output = runs / phase.name
+    task = progress.add_task(phase.label, total=None)
+    done = finished(output)
+    if done is not None:
+        progress.update(task, total=1, completed=1, description=f"{phase.label} (done before)")
+        return done
+
+    def report(stage: str, completed: int, total: int) -> None:
+        # One bar per phase, over training iterations; evaluations in between only change its name.
+        if stage == "train":
+            progress.update(task, completed=completed, total=total, description=phase.label)
+        else:
+            progress.update(task, description=f"{phase.label}, evaluating")
+
+    teacher = runs / TEACHER.name
+    folder = CONFIGS / host.configs
+    overrides = [
+        *("KD.TEACHER.CONFIG_FILE", str(folder / TEACHER.config)),
+        *("KD.TEACHER.WEIGHTS", str(teacher / "model_final.pth")),
+        *opts,
+    ]
+    results = host.train(folder / phase.config, overrides, output, report)
+    progress.update(task, description=phase.label)
+    return results
+
+
+def _validation_images(json_file: Path, root: Path) -> tuple[list[Tensor], list[Detections]]:
+    content = json.loads(json_file.read_text())
+    images, truth = [], []
+    for record in content["images"][:_TIMED_IMAGES]:
+        images.append(read_image(str(root / record["file_name"])))
+        own = [a for a in content["annotations"] if a["image_id"] == record["id"]]
+        boxes = torch.tensor([a["bbox"] for a in own]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        classes = sorted(category["id"] for category in content["categories"])
+        truth.append(
+            Detections(
+                boxes,
+                torch.tensor([classes.index(a["category_id"]) for a in own]),
+                torch.ones(len(own)),
+            )
+        )
+    return images, truth
+
+
+def _table(
+    host: Host,
+    models: dict[Phase, nn.Module],
+    results: dict[str, Results],
+    images: Sequence[Tensor],
+) -> Table:
+    table = Table(title="Box AP on validation images whose digits were never trained on")
+    for column in ("model", "AP", "AP50", "parameters", "ms per image", "gap recovered"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    low = results[ALONE.name]["bbox"]["AP"]
+    high = results[TEACHER.name]["bbox"]["AP"]
+    for phase, model in models.items():
+        box = results[phase.name]["bbox"]
+        share = (box["AP"] - low) / (high - low) if high > low else float("nan")
+        table.add_row(
+            phase.label,
+            f"{box['AP']:.1f}",
+            f"{box['AP50']:.1f}",
+            f"{sum(p.numel() for p in model.parameters()):,}",
+            f"{_milliseconds(host, model, images):.0f}",
+            f"{share:.0%}" if phase is DISTILLED else "",
+        )
+    return table
+
+
+def _milliseconds(host: Host, model: nn.Module, images: Sequence[Tensor]) -> float:
+    """Median time of one image, batch size 1, after two images of warm-up."""
+    times = []
+    for image in [*images[:2], *images]:
+        start = time.perf_counter()
+        host.predict(model, image)
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times[2:])
+
+
+def _next_step(host_name: str) -> str:
+    folder = HOSTS[host_name].configs
+    return (
+        "Next, with your own data in COCO format: train a teacher with\n"
+        f"  .venv/bin/python tools/train_net.py --config-file configs/{folder}/teacher_frcnn.yaml "
+        'DATASETS.COCO_JSON.mine \'["path/to/train.json", "path/to/images"]\' '
+        "DATASETS.TRAIN '(\"mine\",)' ...\n"
+        f"and distil from it with configs/{folder}/reviewkd_kd_frcnn.yaml; README.md, "
+        '"Your own data", has the whole recipe.'
+    )
