@@ -199,11 +199,11 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return value in typing.get_args(hint)
     if origin is tuple and ... not in typing.get_args(hint):
-        inner = typing.get_args(hint)
+        members = typing.get_args(hint)
         return (
             isinstance(value, (list, tuple))
-            and len(value) == len(inner)
-            and all(map(_fits, value, inner))
+            and len(value) == len(members)
+            and all(map(_fits, value, members))
         )
     if origin in (list, tuple, Sequence) or origin is Sequence.__mro__[0]:
         inner = typing.get_args(hint)[0] if typing.get_args(hint) else Any

@@ -86,7 +86,7 @@ def quickstart(host_name: str, output: Path, opts: Sequence[str] = ()) -> dict[s
             results[phase.name] = _train(host, phase, runs, opts, progress)
     console.print(f"Trained in {(time.monotonic() - started) / 60:.1f} minutes.\n")
     models = {phase: host.load(runs / phase.name) for phase in PHASES}
-    images, truth = _validation_images(*data["val"])
+    images, truth = _validation_images(*data["digits_val"])
     console.print(_table(host, models, results, images))
     output.mkdir(parents=True, exist_ok=True)
     students = {phase.label: runs / phase.name for phase in (ALONE, DISTILLED)}

@@ -32,9 +32,9 @@ def options(tmp_path_factory):
     data = write_digits(folder / "mini", DigitsSpec(train_images=8, val_images=4))
     config, weights = write_teacher(folder, "faster")
     opts = [*SMALL, "KD.TEACHER.CONFIG_FILE", str(config), "KD.TEACHER.WEIGHTS", str(weights)]
-    for split, (json_file, images) in data.items():
-        opts += [f"DATASETS.COCO_JSON.mini_{split}", repr([str(json_file), str(images)])]
-        opts += [f"DATASETS.{'TEST' if split == 'val' else 'TRAIN'}", f"('mini_{split}',)"]
+    for name, (json_file, images) in data.items():
+        opts += [f"DATASETS.COCO_JSON.mini_{name}", repr([str(json_file), str(images)])]
+        opts += [f"DATASETS.{'TEST' if 'val' in name else 'TRAIN'}", f"('mini_{name}',)"]
     return [
         *opts,
         "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "()",
