@@ -72,7 +72,7 @@ def load_strict(
     model: nn.Module,
     state_dict: Mapping[str, Tensor],
     source: str,
-    optional_suffixes: tuple[str, ...] = (),
+    optional_parts: tuple[str, ...] = (),
 ) -> None:
     """Load a teacher's weights; every key of both sides must match.
 
@@ -80,7 +80,7 @@ def load_strict(
         model: the teacher.
         state_dict: tensors by key.
         source: where they come from, for the message.
-        optional_suffixes: endings of keys that formats legitimately add or drop, such as
+        optional_parts: parts of keys that formats legitimately add or drop, such as
             Detectron2's ``anchor_generator.cell_anchors`` in older files.
 
     Raises:
@@ -88,8 +88,8 @@ def load_strict(
             The model is left untouched.
     """
     own = model.state_dict()
-    given = {k: v for k, v in state_dict.items() if k in own or not _matches(k, optional_suffixes)}
-    missing = [k for k in own if k not in given and not _matches(k, optional_suffixes)]
+    given = {k: v for k, v in state_dict.items() if k in own or not _matches(k, optional_parts)}
+    missing = [k for k in own if k not in given and not _matches(k, optional_parts)]
     unexpected = [k for k in given if k not in own]
     mis_shaped = [
         f"{k} (file {tuple(given[k].shape)}, model {tuple(own[k].shape)})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,6 +74,12 @@ def _parse_term(name: str, node: Mapping[str, Any]) -> Term:
     loss_class = LOSSES.get(node["LOSS"])
     weight = node.get("WEIGHT", 1.0)
     _check_type(where, "WEIGHT", weight, float)
+    if not math.isfinite(weight):
+        fail(
+            expected=f"WEIGHT of {where} to be finite",
+            received=str(weight),
+            remedy="give a number; 0 switches the term off",
+        )
     raw_schedule = node.get("SCHEDULE", {"NAME": "constant"})
     if not isinstance(raw_schedule, Mapping) or "NAME" not in raw_schedule:
         fail(

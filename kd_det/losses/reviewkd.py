@@ -90,8 +90,8 @@ class ABF(nn.Module):
             nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=False),
             nn.BatchNorm2d(out_channels),
         )
-        for conv in (self.conv1[0], self.conv2[0]):
-            nn.init.kaiming_uniform_(conv.weight, a=1)
+        nn.init.kaiming_uniform_(self.conv1[0].weight, a=1)
+        nn.init.kaiming_uniform_(self.conv2[0].weight, a=1)
 
     def forward(self, x: Tensor, deeper: Tensor | None, size: torch.Size) -> tuple[Tensor, Tensor]:
         """Fuse and project.

@@ -83,8 +83,8 @@ def run(
     """Train as a config says, evaluate, and leave everything in ``OUTPUT_DIR``.
 
     ``model_final.pth`` holds the student's keys and the adaptors under ``distiller.*``,
-    ``last.ckpt`` what a resumed run needs, ``metrics.json`` and ``metrics.csv`` the curves,
-    ``results.json`` what is returned.
+    ``last.ckpt`` what a resumed run needs, ``metrics.json``, ``csv`` and ``tensorboard`` the
+    curves, ``results.json`` what is returned.
 
     Args:
         cfg: a config of this host.
@@ -281,8 +281,9 @@ def _trainer(
     own: list[pl.Callback] = []
     if not eval_only:
         loggers = [
-            CSVLogger(output, name="", version=""),
-            TensorBoardLogger(output, name="", version=""),
+            # A version for every start: Lightning's CSV writer begins by removing what is there.
+            CSVLogger(output, name="csv"),
+            TensorBoardLogger(output, name="tensorboard", version=""),
         ]
         own = [
             JSONLines(output / "metrics.json", _LOG_PERIOD),

@@ -1,0 +1,53 @@
+"""Fixtures for the whole suite: every random number comes from one seed."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from kd_det.checks import KDError
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def randn(generator):
+    """``randn(*shape, grad=False, dtype=torch.float64)`` from the seeded generator."""
+
+    def make(*shape, grad=False, dtype=torch.float64):
+        return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_(grad)
+
+    return make
+
+
+@pytest.fixture(params=[torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def half(request) -> torch.dtype:
+    """The dtypes that losses must upcast."""
+    return request.param
+
+
+@pytest.fixture
+def refuses():
+    """``with refuses(part, ...):`` the block fails with the one kind of error, which says them."""
+
+    @contextmanager
+    def check(*parts):
+        with pytest.raises(KDError) as error:
+            yield
+        message = str(error.value)
+        assert re.fullmatch(r"expected .+; received .+; remedy: .+", message, re.DOTALL), message
+        for part in parts:
+            assert part in message, message
+
+    return check

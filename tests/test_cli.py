@@ -1,0 +1,156 @@
+"""The one command line."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from kd_det.checks import fail
+from kd_det.cli import INSTALL_GUIDE, argument_parser, main
+from kd_det.config import read_host
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def make(text):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return make
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """Puts a training entry point in the place of a host's and returns what it is called with."""
+
+    def replace(action=lambda args: None):
+        calls = []
+        module = ModuleType("train")
+        module.main = lambda args: (calls.append(args), action(args))
+        monkeypatch.setitem(sys.modules, "kd_det.hosts.torchvision_detection.train", module)
+        return calls
+
+    return replace
+
+
+@pytest.fixture
+def without_detectron2(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "detectron2" else find(name)
+    )
+
+
+def one_error(capsys):
+    """The only line on standard error; nothing is on standard output."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert re.fullmatch(r"error: expected .+; received .+; remedy: .+", line)
+    return line
+
+
+def test_the_host_of_the_config_is_run_with_all_arguments(write, host):
+    calls = host()
+    config = write("HOST: torchvision_detection")
+    argv = [
+        "--config-file",
+        config,
+        "--num-gpus",
+        "4",
+        "--num-machines",
+        "2",
+        "--machine-rank",
+        "1",
+    ]
+    argv += ["--dist-url", "tcp://a:1", "--resume", "--eval-only", "SOLVER.BASE_LR", "0.1"]
+    assert main(argv) == 0
+    assert vars(calls[0]) == {
+        "config_file": config,
+        "num_gpus": 4,
+        "num_machines": 2,
+        "machine_rank": 1,
+        "dist_url": "tcp://a:1",
+        "resume": True,
+        "eval_only": True,
+        "opts": ["SOLVER.BASE_LR", "0.1"],
+    }
+
+
+def test_arguments_have_detectron2s_defaults():
+    args = argument_parser().parse_args(["--config-file", "x.yaml"])
+    assert (args.num_gpus, args.num_machines, args.machine_rank) == (1, 1, 0)
+    assert not args.resume
+    assert not args.eval_only
+    assert args.opts == []
+    assert re.fullmatch(r"tcp://127\.0\.0\.1:\d{4,5}", args.dist_url)
+    assert 1024 < int(args.dist_url.rpartition(":")[2]) < 2**16
+
+
+def test_a_mistake_found_by_the_host_is_one_sentence_and_status_2(write, host, capsys):
+    host(lambda args: fail(expected="a teacher", received="none", remedy="name one"))
+    assert main(["--config-file", write("HOST: torchvision_detection")]) == 2
+    assert one_error(capsys) == "error: expected a teacher; received none; remedy: name one"
+
+
+def test_a_failure_that_is_no_mistake_of_the_user_is_not_hidden(write, host):
+    host(lambda args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["--config-file", write("HOST: torchvision_detection")])
+
+
+def test_a_missing_config_is_one_sentence_and_status_2(tmp_path, capsys):
+    assert main(["--config-file", str(tmp_path / "nowhere.yaml")]) == 2
+    assert "nowhere.yaml" in one_error(capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("HOST: torchvision", "'torchvision'; remedy: did you mean 'torchvision_detection'?"),
+        ("", "YAML mappings of config keys"),
+        ("SOLVER: [", "YAML mappings of config keys"),
+    ],
+)
+def test_a_bad_config_is_one_sentence_and_status_2(write, capsys, text, part):
+    assert main(["--config-file", write(text)]) == 2
+    assert part in one_error(capsys)
+
+
+@pytest.mark.usefixtures("without_detectron2")
+@pytest.mark.parametrize("text", ["HOST: detectron2", "SOLVER: {BASE_LR: 0.1}"])
+def test_without_detectron2_its_configs_end_in_one_sentence(write, capsys, text):
+    assert main(["--config-file", write(text)]) == 2
+    line = one_error(capsys)
+    assert "expected Detectron2, which this config runs on; received no installed package" in line
+    assert INSTALL_GUIDE in line
+    assert INSTALL_GUIDE.startswith("https://detectron2.readthedocs.io/")
+
+
+@pytest.mark.usefixtures("without_detectron2")
+def test_without_detectron2_the_config_that_is_named_instead_exists(write, capsys):
+    main(["--config-file", write("HOST: detectron2")])
+    (named,) = re.findall(r"configs/\S+?\.yaml", one_error(capsys))
+    assert read_host(str(ROOT / named)) == "torchvision_detection"
+
+
+@pytest.mark.usefixtures("without_detectron2")
+def test_without_detectron2_the_other_hosts_run(write, host):
+    calls = host()
+    assert main(["--config-file", write("HOST: torchvision_detection")]) == 0
+    assert len(calls) == 1
+
+
+def test_without_a_config_the_usage_is_shown(capsys):
+    with pytest.raises(SystemExit) as error:
+        main([])
+    assert error.value.code == 2
+    assert "--config-file" in capsys.readouterr().err

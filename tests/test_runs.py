@@ -1,0 +1,90 @@
+"""What is checked about a run before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kd_det.runs import check_devices, check_output_dir, data_root, under_torchrun
+
+TRACES = ["last_checkpoint", "last.ckpt", "model_final.pth", "metrics.json"]
+
+
+@pytest.mark.parametrize("trace", TRACES)
+def test_a_folder_of_another_run_needs_resume(tmp_path, refuses, trace):
+    (tmp_path / trace).write_text("kept")
+    with refuses(f"'{tmp_path}', which holds {trace} of another run", "add --resume"):
+        check_output_dir(str(tmp_path), resume=False)
+    check_output_dir(str(tmp_path), resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == [trace]
+    assert (tmp_path / trace).read_text() == "kept"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_new_or_empty_folder_is_fine_and_not_touched(tmp_path, resume):
+    check_output_dir(str(tmp_path), resume)
+    check_output_dir(str(tmp_path / "new"), resume)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "config.yaml"])
+def test_files_without_progress_are_fine(tmp_path, name):
+    (tmp_path / name).touch()
+    check_output_dir(str(tmp_path), resume=False)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    def pretend(count):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("there", "device", "asked"),
+    [(0, "cpu", 1), (0, "cpu", 0), (1, "cuda", 1), (4, "cuda:0", 4), (4, "cpu", 1)],
+)
+def test_devices_that_are_there_may_be_used(gpus, there, device, asked):
+    gpus(there)
+    check_devices(device, asked)
+
+
+@pytest.mark.parametrize(
+    ("there", "device", "asked", "part"),
+    [
+        (0, "cuda", 1, "a GPU for MODEL.DEVICE cuda; received none visible to torch; remedy: add"),
+        (0, "cpu", 2, "--num-gpus of at most 1 on this machine; received --num-gpus 2; remedy"),
+        (2, "cuda", 4, "--num-gpus of at most 2 on this machine; received --num-gpus 4; remedy"),
+    ],
+)
+def test_devices_that_are_not_there_are_refused(gpus, refuses, there, device, asked, part):
+    gpus(there)
+    with refuses(part):
+        check_devices(device, asked)
+
+
+@pytest.mark.parametrize(
+    ("value", "root"),
+    [(None, Path("datasets")), ("/data", Path("/data")), ("~/coco", Path.home() / "coco")],
+)
+def test_data_sets_live_where_detectron2_looks(monkeypatch, value, root):
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    if value:
+        monkeypatch.setenv("DETECTRON2_DATASETS", value)
+    assert data_root() == root
+
+
+@pytest.mark.parametrize(
+    ("environment", "launched"),
+    [({}, False), ({"RANK": "1", "WORLD_SIZE": "2"}, True), ({"WORLD_SIZE": "2"}, False)],
+    ids=str,
+)
+def test_a_process_of_torchrun_is_recognised(monkeypatch, environment, launched):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert under_torchrun() is launched
