@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_det.checks import fail
+from kd_det.teacher import load_strict
 
 DISTILLER_PREFIX = "distiller."
 SUFFIXES = (".pkl", ".pth", ".pt", ".ckpt", ".safetensors")
@@ -65,6 +66,50 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def strip_distiller(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The student's own keys: everything but ``distiller.*``."""
     return {k: v for k, v in state_dict.items() if not k.startswith(DISTILLER_PREFIX)}
+
+
+def export_student(
+    model: nn.Module,
+    weights: str | Path,
+    config: str,
+    output: str | Path,
+    wrap: bool = False,
+    optional_parts: tuple[str, ...] = (),
+) -> tuple[Path, Path]:
+    """Write ``model.pth`` and ``config.yaml`` of the plain student.
+
+    The stock model loads the checkpoint strictly before anything is written, so what is exported
+    is known to load.
+
+    Args:
+        model: the stock model that ``config`` describes.
+        weights: the checkpoint of a distillation run.
+        config: the text of the stock config.
+        output: a folder; its two files must not exist yet.
+        wrap: store the state under ``"model"``, as Detectron2 does.
+        optional_parts: see :func:`kd_det.teacher.load_strict`.
+
+    Returns:
+        Paths of the weights and the config.
+
+    Raises:
+        KDError: the checkpoint does not hold this student, or the files exist.
+    """
+    output = Path(output)
+    model_path, config_path = output / "model.pth", output / "config.yaml"
+    existing = [str(path) for path in (model_path, config_path) if path.exists()]
+    if existing:
+        fail(
+            expected="an output folder without an earlier export",
+            received=", ".join(existing),
+            remedy="choose another --output",
+        )
+    load_strict(model, read_weights(weights), str(weights), optional_parts)
+    output.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict()
+    torch.save({"model": state} if wrap else state, model_path)
+    config_path.write_text(config)
+    return model_path, config_path
 
 
 def _load(path: Path) -> Any:

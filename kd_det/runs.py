@@ -35,8 +35,9 @@ def check_devices(device: str, num_gpus: int) -> None:
     Raises:
         KDError: the device is CUDA without a GPU, or ``num_gpus`` exceeds what is visible.
     """
-    available = torch.cuda.device_count()
-    if device.startswith("cuda") and not available:
+    on_gpu = device.startswith("cuda")
+    available = torch.cuda.device_count() if on_gpu else 0
+    if on_gpu and not available:
         fail(
             expected=f"a GPU for MODEL.DEVICE {device}",
             received="none visible to torch",
@@ -44,7 +45,7 @@ def check_devices(device: str, num_gpus: int) -> None:
         )
     if num_gpus > max(available, 1):
         fail(
-            expected=f"--num-gpus of at most {max(available, 1)} on this machine",
+            expected=f"--num-gpus of at most {max(available, 1)} for MODEL.DEVICE {device} here",
             received=f"--num-gpus {num_gpus}",
             remedy="ask for fewer; several CPU processes start with "
             "torchrun --nproc_per_node N tools/train_net.py ...",

@@ -10,6 +10,7 @@ import sys
 
 from kd_det.checks import KDError
 from kd_det.cli import require_detectron2
+from kd_det.config import read_host
 
 
 def main() -> int:
@@ -22,11 +23,16 @@ def main() -> int:
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     args = parser.parse_args()
     try:
-        require_detectron2()
-        from kd_det.hosts.detectron2.export import export_student
-        from kd_det.hosts.detectron2.train import load_cfg
+        host = read_host(args.config_file)
+        if host == "detectron2":
+            require_detectron2()
+            from kd_det.hosts.detectron2.export import export_student
+            from kd_det.hosts.detectron2.train import load_cfg as load_config
+        else:
+            from kd_det.hosts.torchvision_detection.config import load_config
+            from kd_det.hosts.torchvision_detection.export import export_student
 
-        cfg = load_cfg(args.config_file, args.opts)
+        cfg = load_config(args.config_file, args.opts)
         model, config = export_student(cfg, args.weights, args.output)
     except KDError as error:
         print(f"error: {error}", file=sys.stderr)

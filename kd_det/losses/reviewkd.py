@@ -81,17 +81,14 @@ class ABF(nn.Module):
 
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int, fuse: bool) -> None:
         super().__init__()
-        self.conv1: Any = nn.Sequential(
-            nn.Conv2d(in_channels, mid_channels, 1, bias=False), nn.BatchNorm2d(mid_channels)
-        )
-        self.att_conv = nn.Sequential(nn.Conv2d(2 * mid_channels, 2, 1)) if fuse else None
+        squeeze = nn.Conv2d(in_channels, mid_channels, 1, bias=False)
         # No final ReLU: FPN levels are signed.
-        self.conv2: Any = nn.Sequential(
-            nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(out_channels),
-        )
-        nn.init.kaiming_uniform_(self.conv1[0].weight, a=1)
-        nn.init.kaiming_uniform_(self.conv2[0].weight, a=1)
+        expand = nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_uniform_(squeeze.weight, a=1)
+        nn.init.kaiming_uniform_(expand.weight, a=1)
+        self.conv1: Any = nn.Sequential(squeeze, nn.BatchNorm2d(mid_channels))
+        self.conv2: Any = nn.Sequential(expand, nn.BatchNorm2d(out_channels))
+        self.att_conv = nn.Sequential(nn.Conv2d(2 * mid_channels, 2, 1)) if fuse else None
 
     def forward(self, x: Tensor, deeper: Tensor | None, size: torch.Size) -> tuple[Tensor, Tensor]:
         """Fuse and project.

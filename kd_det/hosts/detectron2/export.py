@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
-from kd_det.checkpoint import read_weights
-from kd_det.checks import fail
-from kd_det.teacher import load_strict
+from kd_det import checkpoint
 
 STOCK_NAMES = {"DistilledRCNN": "GeneralizedRCNN", "DistilledRetinaNet": "RetinaNet"}
 
 
 def export_student(cfg: CfgNode, weights: str | Path, output: str | Path) -> tuple[Path, Path]:
-    """Write ``model.pth`` and ``config.yaml`` of the plain student into ``output``.
-
-    The student is rebuilt from the written config and loaded strictly before anything is
-    written, so what is exported is known to load.
+    """:func:`kd_det.checkpoint.export_student` for a run of this host.
 
     Args:
         cfg: the config of the distillation run.
@@ -32,23 +26,15 @@ def export_student(cfg: CfgNode, weights: str | Path, output: str | Path) -> tup
     Raises:
         KDError: the checkpoint does not hold this student, or the files exist.
     """
-    output = Path(output)
-    model_path, config_path = output / "model.pth", output / "config.yaml"
-    existing = [str(path) for path in (model_path, config_path) if path.exists()]
-    if existing:
-        fail(
-            expected="an output folder without an earlier export",
-            received=", ".join(existing),
-            remedy="choose another --output",
-        )
     stock = stock_config(cfg)
-    state = read_weights(weights)
-    model = build_model(_on_cpu(stock))
-    load_strict(model, state, str(weights), ("pixel_mean", "pixel_std"))
-    output.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": model.state_dict()}, model_path)
-    config_path.write_text(stock.dump())
-    return model_path, config_path
+    return checkpoint.export_student(
+        build_model(_on_cpu(stock)),
+        weights,
+        stock.dump(),
+        output,
+        wrap=True,
+        optional_parts=("pixel_mean", "pixel_std"),
+    )
 
 
 def stock_config(cfg: CfgNode) -> CfgNode:

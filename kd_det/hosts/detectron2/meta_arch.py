@@ -73,6 +73,23 @@ class DistillMixin(nn.Module):
     distiller: Distiller | None
     num_classes: int  # of the dense detectors
 
+    @configurable
+    def __init__(self, *, distillation: Distillation | None = None, **kwargs: Any) -> None:
+        """Build the stock model, then what distils it.
+
+        Args:
+            distillation: None for the plain student.
+            **kwargs: arguments of the stock meta-architecture.
+        """
+        super().__init__(**kwargs)
+        self._attach(distillation)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """The stock arguments, and what :meth:`Distillation.from_config` makes of the config."""
+        arguments = super().from_config(cfg)  # type: ignore[misc]
+        return arguments | {"distillation": Distillation.from_config(cfg)}
+
     def _attach(self, distillation: Distillation | None) -> None:
         """Build taps and distiller once the stock model exists."""
         self.distiller = None
@@ -218,68 +235,18 @@ def _match_stages(student: host_taps.Specs, teacher: host_taps.Specs) -> None:
 class DistilledRCNN(DistillMixin, GeneralizedRCNN):
     """Faster, Mask or Cascade R-CNN with a frozen teacher beside it."""
 
-    @configurable
-    def __init__(self, *, distillation: Distillation | None = None, **kwargs: Any) -> None:
-        """As ``GeneralizedRCNN``.
-
-        Args:
-            distillation: None for the plain student.
-            **kwargs: arguments of ``GeneralizedRCNN``.
-        """
-        super().__init__(**kwargs)
-        self._attach(distillation)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Arguments from a config; see :meth:`Distillation.from_config`."""
-        arguments = super().from_config(cfg)
-        return arguments | {"distillation": Distillation.from_config(cfg)}
-
 
 @META_ARCH_REGISTRY.register()
 class DistilledRetinaNet(DistillMixin, RetinaNet):
     """RetinaNet with a frozen teacher beside it."""
 
-    @configurable
-    def __init__(self, *, distillation: Distillation | None = None, **kwargs: Any) -> None:
-        """As ``RetinaNet``.
 
-        Args:
-            distillation: None for the plain student.
-            **kwargs: arguments of ``RetinaNet``.
-        """
-        super().__init__(**kwargs)
-        self._attach(distillation)
+class ConfigurableFCOS(FCOS):
+    """The stock FCOS, described by ``cfg.MODEL.FCOS``: Detectron2 describes it in Python only."""
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Arguments from a config; see :meth:`Distillation.from_config`."""
-        arguments = super().from_config(cfg)
-        return arguments | {"distillation": Distillation.from_config(cfg)}
-
-
-@META_ARCH_REGISTRY.register()
-class DistilledFCOS(DistillMixin, FCOS):
-    """FCOS with a frozen teacher beside it, also buildable from a yacs config.
-
-    Detectron2 itself describes FCOS in Python only. With ``KD.ENABLED False`` this is the stock
-    model, and a teacher may be described that way.
-    """
-
-    @configurable
-    def __init__(self, *, distillation: Distillation | None = None, **kwargs: Any) -> None:
-        """As ``FCOS``.
-
-        Args:
-            distillation: None for the plain student.
-            **kwargs: arguments of ``FCOS``.
-        """
-        super().__init__(**kwargs)
-        self._attach(distillation)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Arguments from ``cfg.MODEL.FCOS``; see :meth:`Distillation.from_config`."""
+        """Arguments of ``FCOS`` from a config."""
         node = cfg.MODEL.FCOS
         backbone = build_backbone(cfg)
         shapes = [backbone.output_shape()[name] for name in node.IN_FEATURES]
@@ -304,5 +271,9 @@ class DistilledFCOS(DistillMixin, FCOS):
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            "distillation": Distillation.from_config(cfg),
         }
+
+
+@META_ARCH_REGISTRY.register()
+class DistilledFCOS(DistillMixin, ConfigurableFCOS):
+    """FCOS with a frozen teacher beside it; with ``KD.ENABLED False``, the stock FCOS."""

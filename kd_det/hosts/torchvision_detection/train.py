@@ -34,6 +34,7 @@ from kd_det.hosts.torchvision_detection.lit import LitDetector
 from kd_det.hosts.torchvision_detection.model import DistilledDetector
 from kd_det.hosts.torchvision_detection.models import build_model
 from kd_det.hosts.torchvision_detection.teacher import build_teacher
+from kd_det.runs import check_devices, check_output_dir
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +105,8 @@ def run(
     check_config(cfg)
     hardware = _hardware(cfg, num_gpus, num_machines)
     output = Path(cfg.OUTPUT_DIR)
-    if not resume and not eval_only:
-        _check_unused(output)
+    if not eval_only:
+        check_output_dir(cfg.OUTPUT_DIR, resume)
     weights = _evaluated_weights(cfg, output) if eval_only else cfg.MODEL.WEIGHTS
     check_datasets(cfg, training=not eval_only)
     seed = cfg.SEED if cfg.SEED >= 0 else _common_seed()
@@ -182,16 +183,6 @@ def load_student(student: nn.Module, weights: str, complete: bool) -> None:
         logger.warning("%s has nothing for: %s", weights, ", ".join(lacking))
 
 
-def _check_unused(output: Path) -> None:
-    taken = [n for n in (CHECKPOINT, FINAL, CONFIG, "metrics.json") if (output / n).exists()]
-    if taken:
-        fail(
-            expected=f"OUTPUT_DIR {output} to be new or empty",
-            received=f"the {', '.join(taken)} of another run",
-            remedy="use --resume to go on with that run, or another OUTPUT_DIR",
-        )
-
-
 def _evaluated_weights(cfg: CfgNode, output: Path) -> str:
     candidates = [output / FINAL, output / CHECKPOINT]
     found = [str(path) for path in candidates if path.is_file()]
@@ -219,25 +210,10 @@ def _hardware(cfg: CfgNode, num_gpus: int, num_machines: int) -> dict[str, Any]:
     """Lightning's arguments for devices, checked."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if cfg.MODEL.DEVICE == "cpu":
-        if num_gpus > 1:
-            fail(
-                expected="--num-gpus 0 or 1 with MODEL.DEVICE cpu",
-                received=f"--num-gpus {num_gpus}",
-                remedy="use torchrun --nproc_per_node for several processes on a CPU",
-            )
-        devices, accelerator = local, "cpu"
-    else:
-        there = torch.cuda.device_count()
-        devices, accelerator = max(local, num_gpus, 1), "cuda"
-        if devices > there:
-            fail(
-                expected=f"{devices} GPU(s) for --num-gpus {devices}",
-                received=f"{there} on this machine",
-                remedy="lower --num-gpus, or add MODEL.DEVICE cpu"
-                if there == 0
-                else f"use --num-gpus {there}",
-            )
+    check_devices(cfg.MODEL.DEVICE, num_gpus)
+    on_cpu = cfg.MODEL.DEVICE == "cpu"
+    accelerator = "cpu" if on_cpu else "cuda"
+    devices = local if on_cpu else max(local, num_gpus, 1)
     return {
         "accelerator": accelerator,
         "devices": devices,
