@@ -31,6 +31,7 @@ from kd_det.runs import data_root
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 _TIMED_IMAGES = 30
+_EVAL_PERIOD = 150  # iterations between the points of a student's curve
 _SHOWN_IMAGES = 4
 
 
@@ -134,6 +135,7 @@ def _train(
     overrides = [
         *("KD.TEACHER.CONFIG_FILE", str(folder / TEACHER.config)),
         *("KD.TEACHER.WEIGHTS", str(teacher / "model_final.pth")),
+        *(() if phase is TEACHER else ("TEST.EVAL_PERIOD", str(_EVAL_PERIOD))),
         *opts,
     ]
     results = host.train(folder / phase.config, overrides, output, report)
