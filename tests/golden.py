@@ -172,8 +172,9 @@ def _roi_logits(g: Golden) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 
 def check_fitnet(g: Golden) -> dict[str, Tensor]:
     s, t = g["in_feat_s"], g["in_feat_t"]
+    relu = "ReLU" in g.meta["hyper"]["adaptor"]
     module = FitNetLoss(
-        [s.shape[1]], [t.shape[1]], [tuple(s.shape[2:])], [tuple(t.shape[2:])], relu=True
+        [s.shape[1]], [t.shape[1]], [tuple(s.shape[2:])], [tuple(t.shape[2:])], relu
     )
     g.load(module, lambda key: f"adaptors.0.{key}")
     adapted = module.adaptors[0](s)

@@ -56,8 +56,18 @@ def test_devices_that_are_there_may_be_used(gpus, there, device, asked):
     ("there", "device", "asked", "part"),
     [
         (0, "cuda", 1, "a GPU for MODEL.DEVICE cuda; received none visible to torch; remedy: add"),
-        (0, "cpu", 2, "--num-gpus of at most 1 for MODEL.DEVICE cpu here; received --num-gpus 2; remedy"),
-        (2, "cuda", 4, "--num-gpus of at most 2 for MODEL.DEVICE cuda here; received --num-gpus 4; remedy"),
+        (
+            0,
+            "cpu",
+            2,
+            "--num-gpus of at most 1 for MODEL.DEVICE cpu here; received --num-gpus 2; remedy",
+        ),
+        (
+            2,
+            "cuda",
+            4,
+            "--num-gpus of at most 2 for MODEL.DEVICE cuda here; received --num-gpus 4; remedy",
+        ),
     ],
 )
 def test_devices_that_are_not_there_are_refused(gpus, refuses, there, device, asked, part):

@@ -14,6 +14,7 @@ from torchvision.utils import draw_bounding_boxes
 from kd_det.quickstart.hosts import Detections
 
 matplotlib.use("Agg")
+from matplotlib import font_manager
 from matplotlib import pyplot as plt
 
 _SCALE = 3  # labels on a 160-pixel canvas are legible only when it is enlarged
@@ -95,7 +96,8 @@ def _annotated(image: Tensor, found: Detections) -> Tensor:
         labels=[str(int(k)) for k in found.classes[keep]],
         colors=colours,
         width=3,
+        font=font_manager.findfont("DejaVu Sans"),  # comes with matplotlib
+        font_size=26,
         label_colors="white",
         fill_labels=True,
-        font_size=None,
     )

@@ -19,8 +19,9 @@ from detectron2.engine import DefaultTrainer, create_ddp_model, default_setup, l
 from detectron2.engine.hooks import HookBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, verify_results
 from detectron2.utils import comm
+from torch.multiprocessing import ProcessRaisedException
 
-from kd_det.checks import fail
+from kd_det.checks import KDError, fail
 from kd_det.config import merge_config
 from kd_det.hosts.detectron2.config import get_cfg
 from kd_det.hosts.detectron2.datasets import prepare_datasets, register_datasets
@@ -143,14 +144,21 @@ def main(args: argparse.Namespace) -> None:
         _join_torchrun(args)
     else:
         check_run(load_cfg(args.config_file, args.opts), args)
-        launch(
-            _worker,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
+        try:
+            launch(
+                _worker,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args,),
+            )
+        except ProcessRaisedException as error:
+            # What a child process refuses reaches its parent as the text of a traceback.
+            _, _, message = str(error).rpartition(f"{KDError.__name__}: ")
+            if message == str(error):
+                raise
+            raise KDError(message.strip()) from None
 
 
 def _join_torchrun(args: argparse.Namespace) -> None:
