@@ -19,6 +19,7 @@ from detectron2.engine import DefaultTrainer, create_ddp_model, default_setup, l
 from detectron2.engine.hooks import HookBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, verify_results
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessRaisedException
 
 from kd_det.checks import KDError, fail
@@ -35,7 +36,7 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode, extra_hooks: Sequence[HookBase] = ()) -> None:
         with _ddp_for(cfg.MODEL.DEVICE):
             super().__init__(cfg)
-        self.register_hooks(list(extra_hooks))
+        self.register_hooks([_ReportSilentTerms(), *extra_hooks])
 
     @classmethod
     def build_evaluator(
@@ -55,6 +56,16 @@ class Trainer(DefaultTrainer):
             )
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         return COCOEvaluator(dataset_name, output_dir=folder)
+
+
+class _ReportSilentTerms(HookBase):
+    """A run may be shorter than the distiller's report period: report at its end, too."""
+
+    def after_train(self) -> None:
+        model = self.trainer.model
+        distiller = getattr(getattr(model, "module", model), "distiller", None)
+        if distiller is not None and comm.is_main_process():
+            distiller.report_silent()
 
 
 @contextmanager
@@ -182,4 +193,5 @@ def _join_torchrun(args: argparse.Namespace) -> None:
 def _worker(args: argparse.Namespace) -> None:
     cfg = load_cfg(args.config_file, args.opts)
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")
     run(cfg, args.resume, args.eval_only)

@@ -110,6 +110,11 @@ class LitDetector(LightningModule):
             torch.set_rng_state(self._rng.cpu())
         self._rng = None
 
+    def on_train_end(self) -> None:
+        # A run may be shorter than the distiller's report period.
+        if isinstance(self.model, DistilledDetector) and self.trainer.is_global_zero:
+            self.model.distiller.report_silent()
+
     # Evaluation
 
     def val_dataloader(self) -> Any:

@@ -159,3 +159,11 @@ def test_an_override_may_set_an_argument_the_file_leaves_out(options):
     )
     assert cfg.KD.TERMS.review.WEIGHT == 2
     assert cfg.KD.TERMS.review.MID_CHANNELS == 4
+
+
+def test_a_term_that_is_always_zero_is_reported_by_name_at_the_end(options, tmp_path):
+    printed = train_net(
+        "--config-file", str(CONFIG), *options, "OUTPUT_DIR", str(tmp_path / "out"),
+        "KD.TERMS.review.WEIGHT", "0", "SOLVER.MAX_ITER", "2",
+    )  # fmt: skip
+    assert "term 'review' was exactly zero in all of the last 2 steps" in printed
