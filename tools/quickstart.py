@@ -26,7 +26,7 @@ def main() -> int:
     except KDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Lightning answers the first by the second
         print("\nInterrupted; the same command continues where it was.", file=sys.stderr)
         return 130
     return 0

@@ -39,7 +39,10 @@ class Host(Protocol):
     """Folder below ``configs/`` with ``teacher_frcnn.yaml`` and its students."""
 
     def train(self, config: Path, opts: Sequence[str], output: Path, progress: Progress) -> Results:
-        """Train a config, or go on where an interrupted run was; results in percent."""
+        """Train a config, or go on from an interrupted run's last checkpoint, if it has one.
+
+        Results are in percent.
+        """
         ...
 
     def load(self, output: Path) -> nn.Module:
@@ -64,12 +67,16 @@ def log_to(path: Path, *loggers: str) -> Iterator[None]:
     with path.open("a") as file, contextlib.redirect_stdout(file):
         handler = logging.StreamHandler(file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
-        for name in loggers:
+        for name in ("py.warnings", "kd_det", *loggers):
             logger = logging.getLogger(name)
             logger.setLevel(logging.INFO)
             logger.propagate = False
             logger.handlers = [handler]
-        yield
+        logging.captureWarnings(True)
+        try:
+            yield
+        finally:
+            logging.captureWarnings(False)
 
 
 class TorchvisionHost:
@@ -84,7 +91,7 @@ class TorchvisionHost:
 
         cfg = load_config(str(config), [*opts, "OUTPUT_DIR", str(output)])
         with log_to(output / "log.txt", "lightning", "lightning.pytorch"):
-            return run(cfg, resume=(output / "last.ckpt").is_file(), progress=progress)
+            return run(cfg, resume=True, progress=progress)
 
     def load(self, output: Path) -> nn.Module:
         """See :class:`Host`."""
@@ -124,8 +131,7 @@ class Detectron2Host:
         with log_to(output / "log.txt", "detectron2", "fvcore"):
             (output / "config.yaml").write_text(cfg.dump())
             seed_all_rng(cfg.SEED if cfg.SEED >= 0 else None)
-            resume = (output / "last_checkpoint").is_file()
-            results: dict[str, Any] = run(cfg, resume=resume, extra_hooks=[Report()])
+            results: dict[str, Any] = run(cfg, resume=True, extra_hooks=[Report()])
         (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         return results
 

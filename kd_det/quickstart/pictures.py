@@ -24,8 +24,9 @@ _MIN_SCORE = 0.5
 def read_curve(metrics: Path, key: str) -> tuple[list[int], list[float]]:
     """Iterations and values of one metric from ``metrics.json`` (one object per line)."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    points = [(line["iteration"] + 1, line[key]) for line in lines if key in line]
-    return [x for x, _ in points], [y for _, y in points]
+    # A continued run repeats the iterations after its last checkpoint: the later value counts.
+    points = {line["iteration"] + 1: line[key] for line in lines if key in line}
+    return sorted(points), [points[x] for x in sorted(points)]
 
 
 def draw_curves(runs: Mapping[str, Path], teacher_ap: float, path: Path) -> None:

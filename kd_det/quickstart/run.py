@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,8 +62,8 @@ def quickstart(host_name: str, output: Path, opts: Sequence[str] = ()) -> dict[s
     Returns:
         Results per phase.
     """
-    # The real screen: what libraries print goes to log files meanwhile.
-    console = Console()
+    # The screen of this moment: while a host runs, standard output is a log file.
+    console = Console(file=sys.stdout)
     host = HOSTS[host_name]()
     runs = output / host_name
     started = time.monotonic()
@@ -175,14 +176,14 @@ def _table(
     high = results[TEACHER.name]["bbox"]["AP"]
     for phase, model in models.items():
         box = results[phase.name]["bbox"]
-        share = (box["AP"] - low) / (high - low) if high > low else float("nan")
+        share = f"{(box['AP'] - low) / (high - low):.0%}" if high > low else "no gap"
         table.add_row(
             phase.label,
             f"{box['AP']:.1f}",
             f"{box['AP50']:.1f}",
             f"{sum(p.numel() for p in model.parameters()):,}",
             f"{_milliseconds(host, model, images):.0f}",
-            f"{share:.0%}" if phase is DISTILLED else "",
+            share if phase is DISTILLED else "",
         )
     return table
 
