@@ -118,8 +118,8 @@ class Detectron2Host:
 
     def train(self, config: Path, opts: Sequence[str], output: Path, progress: Progress) -> Results:
         """See :class:`Host`."""
-        from detectron2.engine import seed_all_rng
         from detectron2.engine.hooks import HookBase
+        from detectron2.utils.env import seed_all_rng
 
         from kd_det.hosts.detectron2.train import load_cfg, run
 

@@ -75,7 +75,7 @@ def draw_detections(
     for column, (title, detections) in enumerate(columns.items()):
         grid[0][column].set_title(title, fontsize=12)
         for row, (image, found) in enumerate(zip(images, detections, strict=True)):
-            grid[row][column].imshow(_annotated(image, found).permute(1, 2, 0))
+            grid[row][column].imshow(_annotated(image, found).permute(1, 2, 0).numpy())
     figure.suptitle(f"Detections with a score of at least {_MIN_SCORE}", fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,7 +24,7 @@ from rich.progress import (
 )
 from rich.table import Table
 from torch import Tensor, nn
-from torchvision.io import read_image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from kd_det.data.digits import DigitsSpec, write_digits
 from kd_det.quickstart.hosts import HOSTS, Detections, Host, Results, finished
@@ -148,7 +149,8 @@ def _validation_images(json_file: Path, root: Path) -> tuple[list[Tensor], list[
     content = json.loads(json_file.read_text())
     images, truth = [], []
     for record in content["images"][:_TIMED_IMAGES]:
-        images.append(read_image(str(root / record["file_name"])))
+        with Image.open(root / record["file_name"]) as file:
+            images.append(pil_to_tensor(file.convert("RGB")))
         own = [a for a in content["annotations"] if a["image_id"] == record["id"]]
         boxes = torch.tensor([a["bbox"] for a in own]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]

@@ -23,9 +23,12 @@ def register_datasets(cfg: CfgNode) -> None:
     """
     digits = data_root() / "digits"
     for split in ("train", "val"):
-        _register(
-            f"digits_{split}", digits / "annotations" / f"digits_{split}.json", digits / split
-        )
+        name, json_file = f"digits_{split}", digits / "annotations" / f"digits_{split}.json"
+        if name in DatasetCatalog and MetadataCatalog.get(name).json_file != str(json_file):
+            # DETECTRON2_DATASETS has changed since.
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        _register(name, json_file, digits / split)
     for name, entry in cfg.DATASETS.COCO_JSON.items():
         if not isinstance(entry, (list, tuple)) or len(entry) != 2:
             fail(
