@@ -39,6 +39,12 @@ class Trainer(DefaultTrainer):
         self.register_hooks([_ReportSilentTerms(), *extra_hooks])
 
     @classmethod
+    def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators: Any = None) -> dict[str, Any]:
+        """Evaluate the model that the checkpoint holds, on all ranks."""
+        _share_buffers(model)
+        return super().test(cfg, model, evaluators)
+
+    @classmethod
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DatasetEvaluator:
@@ -56,6 +62,17 @@ class Trainer(DefaultTrainer):
             )
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         return COCOEvaluator(dataset_name, output_dir=folder)
+
+
+def _share_buffers(model: torch.nn.Module) -> None:
+    """Give every rank the buffers of the main process, which are the ones in the checkpoint.
+
+    ``DefaultTrainer`` does not broadcast buffers, so BatchNorm's running statistics differ between
+    ranks, and each rank would evaluate its share of the images with its own.
+    """
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)
 
 
 class _ReportSilentTerms(HookBase):
