@@ -13,7 +13,7 @@ from fvcore.common.config import CfgNode
 from kd_det.checks import KDError, check_known, fail, nearest
 from kd_det.terms import Term, parse_terms
 
-HOSTS = ("detectron2", "torchvision_detection")
+HOSTS = ("detectron2", "torchvision_detection", "classification")
 
 _OPEN_NODES = ("KD.TERMS.", "DATASETS.COCO_JSON.")
 
@@ -36,10 +36,51 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.TERMS = node(new_allowed=True)
     # Iterations after which a term that was always exactly zero is reported by name.
     cfg.KD.REPORT_PERIOD = 1000
+    # False trains with the terms alone: the first stage of FSP and of the original FitNet.
+    cfg.KD.TASK_LOSS = True
+    _add_pre_stage(cfg)
+    _add_kcd(cfg)
+    # One after the other: [{NAME, TERMS, CARRY, OVERRIDES: {KEY: VALUE}}]; see kd_det.stages.
+    cfg.STAGES = []
+    # Several seeds in one command, each in OUTPUT_DIR/seed_<n>.
+    cfg.SEEDS = []
     if "DATASETS" not in cfg:
         cfg.DATASETS = node()
     # name -> [json, image_root]: any COCO-format data set without code.
     cfg.DATASETS.COCO_JSON = node(new_allowed=True)
+
+
+def _add_pre_stage(cfg: CfgNode) -> None:
+    """What losses with a network of their own (MHGD) learn from the teacher alone, beforehand."""
+    node = type(cfg)
+    cfg.KD.PRE_STAGE = node()
+    # A finished pre-stage of the same teacher and taps; empty trains one into OUTPUT_DIR.
+    cfg.KD.PRE_STAGE.WEIGHTS = ""
+    # MHGD, section 5 of its supplement: 20 epochs, SGD 0.1 constant, Nesterov.
+    cfg.KD.PRE_STAGE.EPOCHS = 20
+    cfg.KD.PRE_STAGE.MAX_ITER = 0  # above 0: iterations instead of epochs
+    cfg.KD.PRE_STAGE.BASE_LR = 0.1
+    cfg.KD.PRE_STAGE.MOMENTUM = 0.9
+    cfg.KD.PRE_STAGE.NESTEROV = True
+    # Its code adds 5e-4 * sum w^2: twice what an optimiser calls a decay of 5e-4.
+    cfg.KD.PRE_STAGE.WEIGHT_DECAY = 0.001
+
+
+def _add_kcd(cfg: CfgNode) -> None:
+    """KCD's shrinking training set; it wraps whatever terms there are."""
+    node = type(cfg)
+    cfg.KD.KCD = node()
+    cfg.KD.KCD.ENABLED = False
+    cfg.KD.KCD.RHO = 0.7  # share of the points that the last stage keeps
+    # Epochs between two condensations on classifiers, iterations on detectors.
+    cfg.KD.KCD.PERIOD = 40
+    cfg.KD.KCD.ALPHA = 0.03  # exponent of the visit count in the score
+    cfg.KD.KCD.SCHEDULE = "exp"  # or linear
+    cfg.KD.KCD.POOL = "all"  # or active: dropped points never return
+    cfg.KD.KCD.EPSILON = 0.3  # largest share of a blended partner; 0: no blending
+    cfg.KD.KCD.BLEND = "convex"  # or add
+    cfg.KD.KCD.EPSILON_RULE = "reference"  # eps * j / L; paper: eps * (j + 1) / L
+    cfg.KD.KCD.MIN_PER_CLASS = 0
 
 
 def read_host(config_file: str) -> str:

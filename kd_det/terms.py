@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from kd_det.checks import check_known, fail, nearest
+from kd_det.checks import check_choice, check_known, fail, nearest
 from kd_det.registry import LOSSES, SCHEDULES
 
-_OWN_KEYS = ("LOSS", "WEIGHT", "TAPS", "SCHEDULE")
+_OWN_KEYS = ("LOSS", "WEIGHT", "TAPS", "SCHEDULE", "CLIP")
+CLIPS = ("none", "task_norm")
 
 TapPair = tuple[str, str]
 
@@ -30,6 +31,8 @@ class Term:
         weight: multiplies the loss; meaningless without the loss's reduction.
         arguments: constructor arguments of the loss, in lower case.
         schedule: the ``SCHEDULE`` mapping, ``{"NAME": "constant"}`` by default.
+        clip: ``"task_norm"`` limits the term's gradient to that of the task, tensor by tensor
+            (MHGD); see :mod:`kd_det.gradients`.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Term:
     weight: float = 1.0
     arguments: Mapping[str, Any] = field(default_factory=dict)
     schedule: Mapping[str, Any] = field(default_factory=lambda: {"NAME": "constant"})
+    clip: str = "none"
 
 
 def parse_terms(terms: Mapping[str, Mapping[str, Any]]) -> list[Term]:
@@ -88,6 +92,8 @@ def _parse_term(name: str, node: Mapping[str, Any]) -> Term:
             remedy="write for example SCHEDULE: {NAME: linear_warmup, ITERS: 1000}",
         )
     build_schedule(where, raw_schedule)
+    clip = node.get("CLIP", "none")
+    check_choice(f"CLIP of {where}", clip, CLIPS)
     arguments = {k.lower(): v for k, v in node.items() if k not in _OWN_KEYS}
     for key in node:
         if key not in _OWN_KEYS and key != key.upper():
@@ -104,6 +110,7 @@ def _parse_term(name: str, node: Mapping[str, Any]) -> Term:
         weight=float(weight),
         arguments=arguments,
         schedule=dict(raw_schedule),
+        clip=clip,
     )
 
 

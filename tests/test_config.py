@@ -137,7 +137,7 @@ def test_terms_of_a_plain_student_are_not_read(cfg, write):
         ("SOLVER: [", "received while parsing a flow node"),
         ("_BASE_: nowhere.yaml", "nowhere.yaml"),
         ("HOST: detectron", "known HOST; received 'detectron'; remedy: did you mean 'detectron2'?"),
-        ("HOST: 3", "known HOST; received '3'; remedy: known: detectron2, torchvision_detection"),
+        ("HOST: 3", "known HOST; received '3'; remedy: known: classification, detectron2, torchvision_detection"),
     ],
 )
 def test_a_file_without_a_readable_host_is_refused(write, refuses, text, part):
