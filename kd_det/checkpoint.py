@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 from kd_det.checks import fail
 from kd_det.teacher import load_strict
 
+logger = logging.getLogger(__name__)
+
 DISTILLER_PREFIX = "distiller."
+_STUDENT_PREFIX = "student."
 SUFFIXES = (".pkl", ".pth", ".pt", ".ckpt", ".safetensors")
 
 
@@ -66,6 +70,55 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def strip_distiller(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The student's own keys: everything but ``distiller.*``."""
     return {k: v for k, v in state_dict.items() if not k.startswith(DISTILLER_PREFIX)}
+
+
+def load_student(student: nn.Module, weights: str, complete: bool) -> None:
+    """Load a start for training, or all weights for evaluation.
+
+    Args:
+        student: the stock detector.
+        weights: a file that :func:`kd_det.checkpoint.read_weights` reads.
+        complete: every key must be there, as evaluation needs. Otherwise heads of another class
+            count or absent ones keep their random start, and are listed.
+
+    Raises:
+        KDError: nothing in the file fits, or not everything where it must.
+    """
+    own, given = student.state_dict(), read_weights(weights)
+    fitting = {k: v for k, v in given.items() if k in own and v.shape == own[k].shape}
+    lacking = [key for key in own if key not in fitting]
+    if not fitting or (complete and lacking):
+        fail(
+            expected=f"'{weights}' to hold the {len(own)} keys of this {type(student).__name__}",
+            received=f"{len(fitting)} that fit; lacking {', '.join(lacking[:8])}",
+            remedy="use the config the weights were trained with",
+        )
+    student.load_state_dict(fitting, strict=False)
+    if lacking:
+        logger.warning("%s has nothing for: %s", weights, ", ".join(lacking))
+
+
+def name_keys_as_student(module: nn.Module) -> None:
+    """Make the checkpoint of a module that holds a ``student`` look like the student's own.
+
+    ``state_dict()`` then has the stock model's keys, and ``distiller.*`` beside them; loading
+    accepts the same.
+    """
+    module.register_state_dict_post_hook(_drop_prefix)
+    module.register_load_state_dict_pre_hook(_add_prefix)
+
+
+def _drop_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """The student's keys as the stock model names them."""
+    start = prefix + _STUDENT_PREFIX
+    for key in [k for k in state if k.startswith(start)]:
+        state[prefix + key[len(start) :]] = state.pop(key)
+
+
+def _add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
+    for key in [k for k in state if k.startswith(prefix)]:
+        if not key.startswith(prefix + DISTILLER_PREFIX):
+            state[prefix + _STUDENT_PREFIX + key[len(prefix) :]] = state.pop(key)
 
 
 def export_student(

@@ -36,8 +36,9 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.TERMS = node(new_allowed=True)
     # Iterations after which a term that was always exactly zero is reported by name.
     cfg.KD.REPORT_PERIOD = 1000
-    # False trains with the terms alone: the first stage of FSP and of the original FitNet.
-    cfg.KD.TASK_LOSS = True
+    # Of the task losses beside the terms (w_ce of classifier recipes). 0 trains with the terms
+    # alone: the first stage of FSP and of the original FitNet.
+    cfg.KD.TASK_WEIGHT = 1.0
     _add_pre_stage(cfg)
     _add_kcd(cfg)
     # One after the other: [{NAME, TERMS, CARRY, OVERRIDES: {KEY: VALUE}}]; see kd_det.stages.

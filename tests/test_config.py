@@ -137,7 +137,10 @@ def test_terms_of_a_plain_student_are_not_read(cfg, write):
         ("SOLVER: [", "received while parsing a flow node"),
         ("_BASE_: nowhere.yaml", "nowhere.yaml"),
         ("HOST: detectron", "known HOST; received 'detectron'; remedy: did you mean 'detectron2'?"),
-        ("HOST: 3", "known HOST; received '3'; remedy: known: classification, detectron2, torchvision_detection"),
+        (
+            "HOST: 3",
+            "known HOST; received '3'; remedy: known: classification, detectron2",
+        ),
     ],
 )
 def test_a_file_without_a_readable_host_is_refused(write, refuses, text, part):
@@ -160,7 +163,10 @@ BAD_FILES = {
     "value for a node": ("KD: {TERMS: 3}", "for config key: KD.TERMS"),
     "term that is no mapping": ("KD: {TERMS: {review: 3}}", "'review' to be a mapping with a LOSS"),
     "unknown loss": (REVIEW.replace("ReviewKD", "Revue"), "received 'Revue'; remedy: did you mean"),
-    "unknown host": ("HOST: mmdet", "known HOST; received 'mmdet'; remedy: known: detectron2"),
+    "unknown host": (
+        "HOST: mmdet",
+        "known HOST; received 'mmdet'; remedy: known: classification, detectron2",
+    ),
     "broken": ("SOLVER: [", "to be YAML mappings of config keys; received while parsing"),
 }
 

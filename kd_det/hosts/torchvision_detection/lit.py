@@ -9,20 +9,12 @@ import torch
 from fvcore.common.config import CfgNode
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from kd_det.hosts.torchvision_detection.data import evaluation_loader, train_loader
 from kd_det.hosts.torchvision_detection.evaluation import COCOMetric
 from kd_det.hosts.torchvision_detection.model import DistilledDetector
+from kd_det.loop.optim import learning_rate_factor, parameter_groups
 from kd_det.losses.base import full_precision
-
-_NORMS = (
-    nn.modules.batchnorm._BatchNorm,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.LocalResponseNorm,
-    FrozenBatchNorm2d,
-)
 
 
 class LitDetector(LightningModule):
@@ -139,27 +131,6 @@ class LitDetector(LightningModule):
         flat = {f"{kind}/{k}": v for kind, of in self.results.items() for k, v in of.items()}
         for logger in self.loggers:
             logger.log_metrics(flat, step=self.global_step)
-
-
-def learning_rate_factor(solver: CfgNode, step: int) -> float:
-    """Detectron2's ``WarmupMultiStepLR``: linear warm-up, then ``GAMMA`` at each of ``STEPS``."""
-    factor = solver.GAMMA ** sum(step >= s for s in solver.STEPS)
-    if step >= solver.WARMUP_ITERS:
-        return factor
-    share = step / solver.WARMUP_ITERS
-    return factor * (solver.WARMUP_FACTOR * (1 - share) + share)
-
-
-def parameter_groups(model: nn.Module, decay: float, decay_norm: float) -> list[dict[str, Any]]:
-    """Trainable parameters, those of normalisation layers with their own weight decay."""
-    norm = {
-        id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)
-    }
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trainable if id(p) not in norm], "weight_decay": decay},
-        {"params": [p for p in trainable if id(p) in norm], "weight_decay": decay_norm},
-    ]
 
 
 def set_input_sizes(detector: nn.Module, cfg: CfgNode, training: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_det.checkpoint import DISTILLER_PREFIX
+from kd_det.checkpoint import name_keys_as_student
 from kd_det.checks import check_known, fail
 from kd_det.distiller import Distiller
 from kd_det.hosts.torchvision_detection.taps import (
@@ -36,7 +36,6 @@ from kd_det.teacher import FrozenTeacher
 from kd_det.terms import Term, parse_terms
 
 CONTEXT = ("anchors", "gt_boxes")
-_STUDENT_PREFIX = "student."
 _TASK_LOSSES = (
     "loss_classifier",
     "loss_box_reg",
@@ -108,8 +107,7 @@ class DistilledDetector(nn.Module):
         wanted |= {MASK_BOXES} if "mask_logits" in (*student_names, *teacher_names) else set()
         self._taps = {n: t for n, t in context_taps(student).items() if n in wanted}
         self._taps |= {name: student_table.taps[name] for name in student_names}
-        self.register_state_dict_post_hook(_drop_prefix)
-        self.register_load_state_dict_pre_hook(_add_prefix)
+        name_keys_as_student(self)
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None = None
@@ -223,16 +221,3 @@ def _check_activations(terms: Sequence[Term], distiller: Distiller) -> None:
                     received="ACTIVATION softmax",
                     remedy="set ACTIVATION: sigmoid",
                 )
-
-
-def _drop_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """The student's keys as the stock model names them."""
-    start = prefix + _STUDENT_PREFIX
-    for key in [k for k in state if k.startswith(start)]:
-        state[prefix + key[len(start) :]] = state.pop(key)
-
-
-def _add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
-    for key in [k for k in state if k.startswith(prefix)]:
-        if not key.startswith(prefix + DISTILLER_PREFIX):
-            state[prefix + _STUDENT_PREFIX + key[len(prefix) :]] = state.pop(key)

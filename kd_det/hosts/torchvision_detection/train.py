@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,22 +17,24 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 
-from kd_det.checkpoint import read_weights
+from kd_det.checkpoint import load_student
 from kd_det.checks import fail
 from kd_det.config import read_terms
-from kd_det.hosts.torchvision_detection.callbacks import (
-    JSONLines,
-    Progress,
-    ReportProgress,
-    StepProgressBar,
-)
 from kd_det.hosts.torchvision_detection.config import check_config, load_config
 from kd_det.hosts.torchvision_detection.data import check_datasets
 from kd_det.hosts.torchvision_detection.lit import LitDetector
 from kd_det.hosts.torchvision_detection.model import DistilledDetector
 from kd_det.hosts.torchvision_detection.models import build_model
 from kd_det.hosts.torchvision_detection.teacher import build_teacher
-from kd_det.runs import check_devices, check_output_dir
+from kd_det.loop.callbacks import JSONLines, Progress, ReportProgress, StepProgressBar
+from kd_det.loop.hardware import (
+    announce_rendezvous,
+    common_seed,
+    hardware_arguments,
+    precision,
+    quiet,
+)
+from kd_det.runs import check_output_dir
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +52,7 @@ def main(args: argparse.Namespace) -> Results:
             ``num_machines``, ``machine_rank`` and ``dist_url``.
     """
     cfg = load_config(args.config_file, args.opts)
-    machines = getattr(args, "num_machines", 1)
-    if machines > 1 and "WORLD_SIZE" not in os.environ:
-        # Lightning reads the rendezvous from the environment.
-        address = str(args.dist_url).rpartition("//")[2].partition(":")
-        os.environ.update(
-            MASTER_ADDR=address[0], MASTER_PORT=address[2], NODE_RANK=str(args.machine_rank)
-        )
+    machines = announce_rendezvous(args)
     results = run(
         cfg,
         resume=args.resume,
@@ -103,14 +97,14 @@ def run(
         KDError: anything that would fail later, before training and before anything is written.
     """
     check_config(cfg)
-    hardware = _hardware(cfg, num_gpus, num_machines)
+    hardware = hardware_arguments(cfg, num_gpus, num_machines)
     output = Path(cfg.OUTPUT_DIR)
     if not eval_only:
         check_output_dir(cfg.OUTPUT_DIR, resume)
     weights = _evaluated_weights(cfg, output) if eval_only else cfg.MODEL.WEIGHTS
     check_datasets(cfg, training=not eval_only)
-    seed = cfg.SEED if cfg.SEED >= 0 else _common_seed()
-    _quiet()
+    seed = cfg.SEED if cfg.SEED >= 0 else common_seed()
+    quiet()
     pl.seed_everything(seed, verbose=False)
     model = build_training_model(cfg, str(weights), distilled=not eval_only)
     lit = LitDetector(model, cfg, seed)
@@ -157,32 +151,6 @@ def build_training_model(cfg: CfgNode, weights: str = "", distilled: bool = True
     return DistilledDetector(student, build_teacher(cfg), read_terms(cfg), cfg.KD.REPORT_PERIOD)
 
 
-def load_student(student: nn.Module, weights: str, complete: bool) -> None:
-    """Load a start for training, or all weights for evaluation.
-
-    Args:
-        student: the stock detector.
-        weights: a file that :func:`kd_det.checkpoint.read_weights` reads.
-        complete: every key must be there, as evaluation needs. Otherwise heads of another class
-            count or absent ones keep their random start, and are listed.
-
-    Raises:
-        KDError: nothing in the file fits, or not everything where it must.
-    """
-    own, given = student.state_dict(), read_weights(weights)
-    fitting = {k: v for k, v in given.items() if k in own and v.shape == own[k].shape}
-    lacking = [key for key in own if key not in fitting]
-    if not fitting or (complete and lacking):
-        fail(
-            expected=f"'{weights}' to hold the {len(own)} keys of this {type(student).__name__}",
-            received=f"{len(fitting)} that fit; lacking {', '.join(lacking[:8])}",
-            remedy="use the config the weights were trained with",
-        )
-    student.load_state_dict(fitting, strict=False)
-    if lacking:
-        logger.warning("%s has nothing for: %s", weights, ", ".join(lacking))
-
-
 def _evaluated_weights(cfg: CfgNode, output: Path) -> str:
     candidates = [output / FINAL, output / CHECKPOINT]
     found = [str(path) for path in candidates if path.is_file()]
@@ -193,54 +161,6 @@ def _evaluated_weights(cfg: CfgNode, output: Path) -> str:
             remedy="add MODEL.WEIGHTS path/to/model_final.pth",
         )
     return cfg.MODEL.WEIGHTS or found[0]
-
-
-def _common_seed() -> int:
-    """A new seed, the same in all processes of a run."""
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0 and "PL_GLOBAL_SEED" in os.environ:
-        # Started by Lightning from a process that has drawn one.
-        return int(os.environ["PL_GLOBAL_SEED"])
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "") + os.environ.get("MASTER_PORT", "")
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not name:
-        return int.from_bytes(os.urandom(3), "big")
-    return sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**24
-
-
-def _hardware(cfg: CfgNode, num_gpus: int, num_machines: int) -> dict[str, Any]:
-    """Lightning's arguments for devices, checked."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    check_devices(cfg.MODEL.DEVICE, num_gpus)
-    on_cpu = cfg.MODEL.DEVICE == "cpu"
-    accelerator = "cpu" if on_cpu else "cuda"
-    devices = local if on_cpu else max(local, num_gpus, 1)
-    return {
-        "accelerator": accelerator,
-        "devices": devices,
-        "num_nodes": max(num_machines, world // local),
-        "strategy": "ddp" if max(world, devices * num_machines) > 1 else "auto",
-        # The samplers know their rank.
-        "use_distributed_sampler": False,
-    }
-
-
-def _precision(cfg: CfgNode) -> str:
-    if not cfg.SOLVER.AMP.ENABLED:
-        return "32-true"
-    if cfg.MODEL.DEVICE != "cpu":
-        return "16-mixed"
-    if not computes_in_bfloat16():
-        logger.warning("SOLVER.AMP.ENABLED: this CPU only emulates bfloat16; training in float32")
-        return "32-true"
-    return "bf16-mixed"
-
-
-def computes_in_bfloat16() -> bool:
-    """Whether this CPU has instructions for bfloat16, and does not take longer than float32."""
-    flag = Path("/proc/cpuinfo")
-    if flag.is_file():
-        return "avx512_bf16" in (text := flag.read_text()) or " bf16" in text
-    return False
 
 
 def _trainer(
@@ -272,7 +192,7 @@ def _trainer(
         ]
     return pl.Trainer(
         **hardware,
-        precision=_precision(cfg),  # type: ignore[arg-type]
+        precision=precision(cfg),  # type: ignore[arg-type]
         max_steps=solver.MAX_ITER,
         max_epochs=-1,
         logger=loggers or False,
@@ -287,18 +207,3 @@ def _trainer(
         gradient_clip_algorithm=clip.CLIP_TYPE if clip.ENABLED else None,
         default_root_dir=str(output),
     )
-
-
-def _quiet() -> None:
-    """Hints of Lightning that do not apply here."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (
-        # It is resumed by iteration, in LitDetector.train_dataloader.
-        ".*resuming from a checkpoint that ended before the epoch ended.*",
-        ".*does not have many workers.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*Experiment logs directory .* exists and is not empty.*",
-        # Lightning's own use of torch.
-        ".*isinstance.treespec, LeafSpec.. is deprecated.*",
-    ):
-        warnings.filterwarnings("ignore", message)

@@ -1,0 +1,1 @@
+"""What the hosts on Lightning share: hardware, callbacks, optimiser."""
