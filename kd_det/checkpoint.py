@@ -21,7 +21,7 @@ _STUDENT_PREFIX = "student."
 SUFFIXES = (".pkl", ".pth", ".pt", ".ckpt", ".safetensors")
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path, keep_distiller: bool = False) -> dict[str, Tensor]:
     """Tensors by key from a weights file.
 
     Understands Detectron2's zoo format (``.pkl``), torch files that hold a state dict directly
@@ -57,7 +57,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             remedy="download or save it again",
         )
     weights = {_clean(k): _tensor(v) for k, v in _state_dict(loaded).items() if _is_array(v)}
-    weights = strip_distiller(weights)
+    if not keep_distiller:
+        weights = strip_distiller(weights)
     if not weights:
         fail(
             expected=f"tensors in '{path}'",
@@ -96,6 +97,30 @@ def load_student(student: nn.Module, weights: str, complete: bool) -> None:
     student.load_state_dict(fitting, strict=False)
     if lacking:
         logger.warning("%s has nothing for: %s", weights, ", ".join(lacking))
+
+
+def load_distiller(distiller: nn.Module, path: str | Path) -> None:
+    """Start what the losses learn from ``distiller.*`` of a checkpoint, where names and shapes fit.
+
+    Raises:
+        KDError: nothing in the file fits.
+    """
+    own = distiller.state_dict()
+    given = {
+        key.removeprefix(DISTILLER_PREFIX): value
+        for key, value in read_weights(path, keep_distiller=True).items()
+        if key.startswith(DISTILLER_PREFIX)
+    }
+    fitting = {
+        k: v for k, v in given.items() if k in own and v.shape == own[k].shape and k != "step"
+    }
+    if not fitting:
+        fail(
+            expected=f"'{path}' to hold adaptors of this run's terms ({DISTILLER_PREFIX}*)",
+            received=f"{len(given)} keys of adaptors, none of which fits",
+            remedy="give a checkpoint of a run with the same terms, or leave KD.WEIGHTS empty",
+        )
+    distiller.load_state_dict(fitting, strict=False)
 
 
 def name_keys_as_student(module: nn.Module) -> None:

@@ -7,10 +7,11 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from kd_det.checks import KDError, fail
 from kd_det.config import read_host
+from kd_det.stages import read_plan, run_plan
 
 INSTALL_GUIDE = "https://detectron2.readthedocs.io/tutorials/install.html"
 
@@ -44,11 +45,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         host = read_host(args.config_file)
         if host == "detectron2":
             require_detectron2()
-        importlib.import_module(f"kd_det.hosts.{host}.train").main(args)
+        entry = importlib.import_module(f"kd_det.hosts.{host}.train").main
+        plan = read_plan(args.config_file, args.opts)
+        results = run_plan(entry, args, plan)
+        if plan.seeds and results:
+            print(_table(results, len(plan.seeds)))
     except KDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _table(summary: Mapping[str, Mapping[str, Mapping[str, float]]], seeds: int) -> str:
+    lines = [f"mean and sample standard deviation over {seeds} seeds:"]
+    for kind, metrics in summary.items():
+        values = (f"{k} {v['mean']:.2f} ± {v['std']:.2f}" for k, v in metrics.items())
+        lines.append(f"{kind}: " + ", ".join(values))
+    return "\n".join(lines)
 
 
 def require_detectron2() -> None:

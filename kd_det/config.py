@@ -34,6 +34,10 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.TEACHER.ALLOW_RANDOM = False
     # name of the logged loss -> {LOSS, WEIGHT, TAPS, SCHEDULE, further loss arguments}
     cfg.KD.TERMS = node(new_allowed=True)
+    # Names of the terms that are on; empty: all. STAGES sets it.
+    cfg.KD.ACTIVE_TERMS = []
+    # A checkpoint whose distiller.* is the start of what the losses learn (adaptors).
+    cfg.KD.WEIGHTS = ""
     # Iterations after which a term that was always exactly zero is reported by name.
     cfg.KD.REPORT_PERIOD = 1000
     # Of the task losses beside the terms (w_ce of classifier recipes). 0 trains with the terms
@@ -41,7 +45,7 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.TASK_WEIGHT = 1.0
     _add_pre_stage(cfg)
     _add_kcd(cfg)
-    # One after the other: [{NAME, TERMS, CARRY, OVERRIDES: {KEY: VALUE}}]; see kd_det.stages.
+    # Runs one after the other: [{NAME, TERMS, TASK, CARRY, OVERRIDES}]; see kd_det.stages.
     cfg.STAGES = []
     # Several seeds in one command, each in OUTPUT_DIR/seed_<n>.
     cfg.SEEDS = []
@@ -96,12 +100,17 @@ def read_host(config_file: str) -> str:
             received=repr(config_file),
             remedy="give a path such as configs/reviewkd_frcnn_r50_r101.yaml",
         )
-    host = _load_yaml(config_file).get("HOST", "detectron2")
+    host = load_yaml(config_file).get("HOST", "detectron2")
     check_known("HOST", host, HOSTS)
     return host
 
 
-def _load_yaml(config_file: str) -> dict[str, Any]:
+def load_yaml(config_file: str) -> dict[str, Any]:
+    """The mapping in a config file and its ``_BASE_``.
+
+    Raises:
+        KDError: it cannot be read as one.
+    """
     try:
         loaded = CfgNode.load_yaml_with_base(config_file, allow_unsafe=True)
     except (OSError, yaml.YAMLError) as error:
@@ -127,7 +136,7 @@ def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str] = ()) -> Cf
             type; or a term that :func:`read_terms` refuses.
     """
     known = list(_keys(cfg))
-    _load_yaml(config_file)
+    load_yaml(config_file)
     try:
         cfg.merge_from_file(config_file)
         _merge_options(cfg, opts)
@@ -142,8 +151,12 @@ def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str] = ()) -> Cf
 
 
 def read_terms(cfg: CfgNode) -> list[Term]:
-    """The parsed ``KD.TERMS``; every name, type and schedule is checked."""
-    return parse_terms(_plain(cfg.KD.TERMS))
+    """The parsed ``KD.TERMS`` that are active; every name, type and schedule is checked."""
+    terms = parse_terms(_plain(cfg.KD.TERMS))
+    active = list(cfg.KD.ACTIVE_TERMS)
+    for name in active:
+        check_known("term in KD.ACTIVE_TERMS", name, [term.name for term in terms])
+    return [term for term in terms if not active or term.name in active]
 
 
 def _merge_options(cfg: CfgNode, opts: Sequence[str]) -> None:
@@ -159,7 +172,7 @@ def _merge_options(cfg: CfgNode, opts: Sequence[str]) -> None:
         # and 1 is a fine value for 0.5: yacs would refuse all three. Their values are taken as
         # they are and checked afterwards, as terms and data sets.
         if key.startswith(_OPEN_NODES):
-            _set(cfg, key.split("."), _literal(value))
+            _set(cfg, key.split("."), literal(value))
         else:
             rest += [key, _as_float(cfg, key, value)]
     cfg.merge_from_list(rest)
@@ -185,12 +198,13 @@ def _as_float(cfg: CfgNode, key: str, value: str) -> Any:
         if part not in node:
             return value
         node = node[part]
-    literal = _literal(value)
-    whole = isinstance(literal, int) and not isinstance(literal, bool)
-    return float(literal) if isinstance(node, float) and whole else value
+    number = literal(value)
+    whole = isinstance(number, int) and not isinstance(number, bool)
+    return float(number) if isinstance(node, float) and whole else value
 
 
-def _literal(value: Any) -> Any:
+def literal(value: Any) -> Any:
+    """What a value of the command line means as Python; a string where it means nothing."""
     try:
         return ast.literal_eval(value) if isinstance(value, str) else value
     except (ValueError, SyntaxError, TypeError):

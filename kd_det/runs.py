@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -50,6 +51,22 @@ def check_devices(device: str, num_gpus: int) -> None:
             remedy="ask for fewer; several CPU processes start with "
             "torchrun --nproc_per_node N tools/train_net.py ...",
         )
+
+
+def evaluated_weights(weights: str, output_dir: str | Path, candidates: Sequence[str]) -> str:
+    """What ``--eval-only`` evaluates: ``weights``, or the first of ``candidates`` in the folder.
+
+    Raises:
+        KDError: there is neither.
+    """
+    found = [str(p) for p in (Path(output_dir) / name for name in candidates) if p.is_file()]
+    if not weights and not found:
+        fail(
+            expected="weights to evaluate",
+            received=f"no MODEL.WEIGHTS, and nothing in OUTPUT_DIR {output_dir}",
+            remedy="add MODEL.WEIGHTS path/to/model_final.pth",
+        )
+    return weights or found[0]
 
 
 def data_root() -> Path:

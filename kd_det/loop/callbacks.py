@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,23 @@ class StepProgressBar(RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training"
+
+
+class EpochProgressBar(RichProgressBar):
+    """Lightning's bar of an epoch, named with the time left for the whole run."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = (trainer.current_epoch, time.monotonic())
+        super().on_train_start(trainer, pl_module)
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        text = super()._get_train_description(current_epoch)
+        first, then = self._began
+        epochs = self.trainer.max_epochs or 0
+        if current_epoch > first and epochs > 0:
+            left = (time.monotonic() - then) / (current_epoch - first) * (epochs - current_epoch)
+            text += f" ({timedelta(seconds=round(left))} left)"
+        return text
 
 
 class ReportProgress(Callback):

@@ -105,22 +105,20 @@ def compare(
     mine = ours.detach().to(torch.float64).numpy()
     if theirs.dtype.kind in "biu":
         return Row(key, float(np.abs(mine - theirs.astype(np.float64)).max(initial=0)), 0.0)
-    difference = np.where(mine == theirs, 0.0, np.abs(mine - theirs))  # inf equals inf
+    with np.errstate(invalid="ignore"):
+        difference = np.where(mine == theirs, 0.0, np.abs(mine - theirs))  # inf equals inf
     if np.isnan(difference).any():
         return Row(key, float("inf"), 0.0)
     kind = "grad" if key.startswith("grad_") else "out"
     finite = np.abs(theirs[np.isfinite(theirs)])
     scale = float(finite.max(initial=0))
+    if scale < _NEARLY_ZERO:
+        return Row(key, float(difference.max(initial=0)), PART_A[dtype]["absolute"])
     if method in PART_B_METHODS:
         tolerance = PART_B[dtype][kind]
         if method == "MHGD" and dtype == torch.float32:
             tolerance = MHGD_FLOAT32
         floor = np.maximum(np.abs(theirs), 1e-3 * scale)
-        # Where all expected values are zero there is nothing to be relative to.
-        floor = np.where(floor > 0, floor, 1.0)
         error = np.where(difference == 0, 0.0, difference / floor)
         return Row(key, float(error.max(initial=0)), tolerance)
-    error = float(difference.max(initial=0))
-    if scale < _NEARLY_ZERO:
-        return Row(key, error, PART_A[dtype]["absolute"])
-    return Row(key, error / scale, PART_A[dtype][kind])
+    return Row(key, float(difference.max(initial=0)) / scale, PART_A[dtype][kind])
