@@ -84,6 +84,9 @@ def quiet() -> None:
         # It is resumed by iteration, in LitDetector.train_dataloader.
         ".*resuming from a checkpoint that ended before the epoch ended.*",
         ".*does not have many workers.*",
+        # Small data sets; and losses whose networks are frozen on purpose.
+        ".*is smaller than the logging interval.*",
+        ".*module.s. in eval mode at the start of training.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*Experiment logs directory .* exists and is not empty.*",
         # Lightning's own use of torch.

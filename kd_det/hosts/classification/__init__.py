@@ -1,0 +1,1 @@
+"""The classification host: image classifiers, on small images (CIFAR) and large (ImageNet)."""

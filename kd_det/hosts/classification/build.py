@@ -1,0 +1,129 @@
+"""From a config to the module that trains: student, teacher or booster, terms and procedures."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from kd_det.checkpoint import SUFFIXES, load_distiller, load_student
+from kd_det.checks import fail
+from kd_det.condensation import Condensation
+from kd_det.config import read_terms
+from kd_det.hosts.classification.data import ClassificationData
+from kd_det.hosts.classification.joint import Booster
+from kd_det.hosts.classification.model import Distillation, DistilledClassifier, Statistics
+from kd_det.hosts.classification.models import build_classifier
+from kd_det.hosts.classification.teacher import build_teacher, num_classes
+from kd_det.unix import UnixMixup
+
+logger = logging.getLogger(__name__)
+
+
+def build_student(cfg: CfgNode, weights: str, complete: bool) -> nn.Module:
+    """The stock classifier that ``cfg.MODEL`` describes.
+
+    Args:
+        cfg: a config of this host.
+        weights: a file, or a name of torchvision's weights; empty for a random start.
+        complete: every key must be in the file, as evaluation needs.
+    """
+    from_file = weights.endswith(SUFFIXES)
+    model = build_classifier(cfg.MODEL.NAME, num_classes(cfg), "" if from_file else weights)
+    if from_file:
+        load_student(model, weights, complete)
+    return model
+
+
+def build_training_model(
+    cfg: CfgNode, weights: str = "", distilled: bool = True
+) -> DistilledClassifier:
+    """The student, and around it what ``cfg.KD`` asks for.
+
+    Args:
+        cfg: a config of this host.
+        weights: the student's start.
+        distilled: False leaves teacher and terms out whatever the config says, as evaluation
+            does.
+
+    Raises:
+        KDError: anything about models, weights or terms that cannot work.
+    """
+    student = build_student(cfg, weights, complete=not distilled)
+    statistics = Statistics(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+    plan = _distillation(cfg, student) if distilled and cfg.KD.ENABLED else None
+    model = DistilledClassifier(student, statistics, cfg.INPUT.SIZE, plan)
+    if model.distiller is not None and cfg.KD.WEIGHTS:
+        load_distiller(model.distiller, cfg.KD.WEIGHTS)
+    return model
+
+
+def _distillation(cfg: CfgNode, student: nn.Module) -> Distillation:
+    terms = read_terms(cfg)
+    common = (cfg.KD.TASK_WEIGHT, cfg.KD.REPORT_PERIOD)
+    if cfg.KD.JOINT.ENABLED:
+        return Distillation(terms, None, None, _booster(cfg, student), *common)
+    teacher, statistics = build_teacher(cfg)
+    return Distillation(terms, teacher, statistics, None, *common)
+
+
+def _booster(cfg: CfgNode, student: nn.Module) -> Booster:
+    node = cfg.KD.JOINT
+    if not node.NAME:
+        fail(
+            expected="KD.JOINT.NAME to name the booster",
+            received="''",
+            remedy="give a model such as resnet32, or set KD.JOINT.ENABLED False",
+        )
+    # The student's random stream must not depend on the booster.
+    with torch.random.fork_rng(devices=[]):
+        net = build_classifier(node.NAME, num_classes(cfg))
+    return Booster(net, student, node.SHARED, node.SEPARATE_NORM)
+
+
+def build_condensation(cfg: CfgNode, data: ClassificationData) -> Condensation | None:
+    """KCD's state where ``cfg.KD.KCD`` asks for it."""
+    node = cfg.KD.KCD
+    if not (cfg.KD.ENABLED and node.ENABLED):
+        return None
+    return Condensation(
+        len(data),
+        node.RHO,
+        node.PERIOD,
+        cfg.SOLVER.MAX_EPOCH,
+        alpha=node.ALPHA,
+        schedule=node.SCHEDULE,
+        pool=node.POOL,
+        epsilon=node.EPSILON,
+        blend=node.BLEND,
+        epsilon_rule=node.EPSILON_RULE,
+        min_per_class=node.MIN_PER_CLASS,
+        labels=data.targets if node.MIN_PER_CLASS else None,
+    )
+
+
+def build_unix(cfg: CfgNode, seed: int, rank: int) -> UnixMixup | None:
+    """The batch transform where ``cfg.KD.UNIX`` asks for it."""
+    node = cfg.KD.UNIX
+    if not (cfg.KD.ENABLED and node.ENABLED):
+        return None
+    return UnixMixup(node.K_FRAC, node.B_FRAC, node.SLOPE, node.STRATEGY, seed=seed, rank=rank)
+
+
+def flops_ratio(model: DistilledClassifier, size: int) -> float:
+    """R: operations of the teacher's forward over the student's, as torch counts them."""
+    assert model.teacher is not None
+    example = torch.zeros(1, len(model.statistics.mean), size, size)
+    example = example.to(next(model.parameters()).device)
+    model.teacher.follow(example)
+    mode = model.student.training
+    counts = []
+    for net in (model.teacher, model.student.eval()):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            net(example)
+        counts.append(counter.get_total_flops())
+    model.student.train(mode)
+    return counts[0] / counts[1]

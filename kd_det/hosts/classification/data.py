@@ -1,0 +1,225 @@
+"""Image classification data: torchvision's data sets, and scikit-learn's digits, always there.
+
+Nothing is ever downloaded here. Items are ``(image [3, H, W] float in 0..1, class, index)``; the
+index is that of the whole training set.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import datasets
+from torchvision.transforms import v2
+
+from kd_det.checks import check_known, fail
+from kd_det.hosts.classification.digits import DigitImages
+from kd_det.runs import data_root
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set by name.
+
+    Attributes:
+        build: ``root -> dataset`` of ``(PIL image or uint8 tensor, class)``.
+        num_classes: number of classes.
+        layout: what lies where below the data root, for the error message.
+        command: how to get it, for the error message.
+    """
+
+    build: Callable[[Path], Any]
+    num_classes: int
+    layout: str = ""
+    command: str = ""
+
+
+class CoarseCIFAR100(datasets.CIFAR100):
+    """CIFAR-100 with its 20 superclasses."""
+
+    def __init__(self, root: Path, train: bool) -> None:
+        super().__init__(str(root), train=train)
+        # torchvision keeps the fine labels only; both are in the files it has just verified.
+        self.targets = _coarse_labels(Path(self.root) / self.base_folder, train)
+
+
+def _coarse_labels(folder: Path, train: bool) -> list[int]:
+    import pickle
+
+    with (folder / ("train" if train else "test")).open("rb") as file:
+        return list(pickle.load(file, encoding="latin1")["coarse_labels"])
+
+
+class TinyImageNetVal(Dataset):
+    """The validation images of Tiny-ImageNet, whose classes are in a text file."""
+
+    def __init__(self, root: Path, classes: list[str]) -> None:
+        self.loader = datasets.folder.default_loader
+        lines = (root / "val_annotations.txt").read_text().splitlines()
+        entries = [line.split("\t")[:2] for line in lines if line.strip()]
+        index = {name: k for k, name in enumerate(classes)}
+        self.samples = [(str(root / "images" / name), index[wnid]) for name, wnid in entries]
+        self.targets = [target for _, target in self.samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, target = self.samples[index]
+        return self.loader(path), target
+
+
+def _tiny_imagenet(root: Path, split: str) -> Any:
+    folder = root / "tiny-imagenet-200"
+    train = datasets.ImageFolder(str(folder / "train"))
+    return train if split == "train" else TinyImageNetVal(folder / "val", train.classes)
+
+
+def _sources() -> dict[str, Source]:
+    found: dict[str, Source] = {}
+    cifar = {
+        "cifar10": (datasets.CIFAR10, 10, "cifar-10-batches-py", "CIFAR10"),
+        "cifar100": (datasets.CIFAR100, 100, "cifar-100-python", "CIFAR100"),
+        "cifar100_coarse": (CoarseCIFAR100, 20, "cifar-100-python", "CIFAR100"),
+    }
+    for name, (kind, classes, folder, official) in cifar.items():
+        for split in ("train", "test"):
+            train = split == "train"
+            found[f"{name}_{split}"] = Source(
+                build=lambda root, kind=kind, train=train: kind(root, train=train),  # type: ignore[misc]
+                num_classes=classes,
+                layout=folder,
+                command='python -c "from torchvision.datasets import '
+                f"{official}; {official}('{{root}}', download=True)\"",
+            )
+    for split in ("train", "val"):
+        found[f"tiny_imagenet_{split}"] = Source(
+            build=lambda root, split=split: _tiny_imagenet(root, split),  # type: ignore[misc]
+            num_classes=200,
+            layout="tiny-imagenet-200/train/<class>/images and tiny-imagenet-200/val",
+            command="wget http://cs231n.stanford.edu/tiny-imagenet-200.zip && "
+            "unzip -d {root} tiny-imagenet-200.zip",
+        )
+        found[f"imagenet_{split}"] = Source(
+            build=lambda root, split=split: datasets.ImageFolder(str(root / "imagenet" / split)),  # type: ignore[misc]
+            num_classes=1000,
+            layout="imagenet/train/<class> and imagenet/val/<class>",
+            command="after registration at image-net.org, unpack the archives of ILSVRC2012 into "
+            "{root}/imagenet",
+        )
+    for split in ("train", "test"):
+        found[f"digit_images_{split}"] = Source(
+            build=lambda root, split=split: DigitImages(split),  # type: ignore[misc]
+            num_classes=10,
+        )
+    return found
+
+
+SOURCES = _sources()
+"""Every data set by the name a config uses (``DATASETS.TRAIN: [cifar100_train]``)."""
+
+
+def build_source(name: str) -> Any:
+    """A data set of undecoded images, with its ``targets``.
+
+    Raises:
+        KDError: an unknown name, or files that are not there; the message says which command
+            gets them.
+    """
+    check_known("data set in DATASETS", name, SOURCES)
+    source, root = SOURCES[name], data_root()
+    try:
+        with warnings.catch_warnings():
+            # torchvision's unpickling of CIFAR passes numpy a deprecated argument.
+            warnings.simplefilter("ignore")
+            return source.build(root)
+    except (OSError, RuntimeError) as error:
+        fail(
+            expected=f"{name} at {root / source.layout} (set DETECTRON2_DATASETS to use another "
+            "folder)",
+            received=" ".join(str(error).split()),
+            remedy=f"get it by: {source.command.replace('{root}', str(root))}",
+        )
+
+
+def single(names: Any, key: str) -> str:
+    """The one data set that a key names."""
+    if len(names) != 1:
+        fail(
+            expected=f"{key} to name one data set",
+            received=str(list(names)),
+            remedy="write for example [cifar100_train]",
+        )
+    return str(names[0])
+
+
+class ClassificationData(Dataset):
+    """A data set as training or evaluation sees it.
+
+    Args:
+        cfg: a config of this host.
+        training: the training set; else the test set.
+
+    Attributes:
+        targets: class of every sample, ``[N]``.
+        num_classes: number of classes.
+    """
+
+    def __init__(self, cfg: CfgNode, training: bool) -> None:
+        key = "TRAIN" if training else "TEST"
+        name = single(cfg.DATASETS[key], f"DATASETS.{key}")
+        self.source = build_source(name)
+        self.num_classes = SOURCES[name].num_classes
+        targets = torch.as_tensor(list(self.source.targets))
+        self.kept = torch.arange(len(targets))
+        if training and cfg.DATASETS.TRAIN_PER_CLASS:
+            self.kept = _first_of_each(targets, cfg.DATASETS.TRAIN_PER_CLASS)
+        self.targets = targets[self.kept]
+        self._prepare = _prepare(cfg, training)
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """``(image, class)``: before augmentation in training."""
+        image, target = self.source[int(self.kept[index])]
+        return self._prepare(image), int(target)
+
+
+def _first_of_each(targets: Tensor, count: int) -> Tensor:
+    chosen = [(targets == k).nonzero().flatten()[:count] for k in targets.unique()]
+    return torch.cat(chosen).sort().values
+
+
+def _prepare(cfg: CfgNode, training: bool) -> v2.Transform:
+    size = cfg.INPUT.SIZE
+    steps: list[v2.Transform] = [v2.ToImage(), v2.RGB()]
+    if training:
+        # A resized crop chooses its own part of the image.
+        if cfg.INPUT.CROP.TYPE != "resized":
+            steps.append(v2.Resize((size, size), antialias=True))
+    elif cfg.INPUT.MIN_SIZE_TEST:
+        steps += [v2.Resize(cfg.INPUT.MIN_SIZE_TEST, antialias=True), v2.CenterCrop(size)]
+    else:
+        steps.append(v2.Resize((size, size), antialias=True))
+    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()])
+
+
+def augmentation(cfg: CfgNode) -> v2.Transform:
+    """The random part of training, on float images ``[3, H, W]``."""
+    size, crop = cfg.INPUT.SIZE, cfg.INPUT.CROP
+    steps: list[v2.Transform] = []
+    if crop.TYPE == "pad":
+        steps.append(v2.RandomCrop(size, padding=crop.PADDING, padding_mode=crop.PADDING_MODE))
+    elif crop.TYPE == "resized":
+        steps.append(v2.RandomResizedCrop(size, antialias=True))
+    if cfg.INPUT.RANDOM_FLIP == "horizontal":
+        steps.append(v2.RandomHorizontalFlip())
+    return v2.Compose(steps) if steps else v2.Identity()

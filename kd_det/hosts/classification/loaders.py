@@ -1,0 +1,133 @@
+"""Batches for training and evaluation, in an order that a resumed run repeats exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+
+from kd_det.checks import fail
+from kd_det.condensation import Condensation
+from kd_det.hosts.classification.data import ClassificationData, augmentation
+from kd_det.subset import RecipeDataset, SubsetSampler, keyed_generator
+
+Item = tuple[Tensor, int, int]
+
+
+class AugmentedItems(Dataset):
+    """``(image, class, index)`` by index, with random augmentation."""
+
+    def __init__(self, data: ClassificationData, cfg: CfgNode) -> None:
+        self.data = data
+        self.transform = augmentation(cfg)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Item:
+        image, target = self.data[index]
+        return self.transform(image), target, index
+
+
+class SeededItems(Dataset):
+    """Items by ``(epoch, index)``, whose random augmentation depends on these two and the seed.
+
+    So it is the same in every number of loader processes, and in a run that was interrupted.
+    """
+
+    def __init__(self, items: Any, seed: int) -> None:
+        self.items = items
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: tuple[int, int]) -> Item:
+        epoch, index = key
+        state = keyed_generator(self.seed, epoch, index).get_state()
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(state)
+            return self.items[index]
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """``(epoch, index)`` for every index of a sampler that is told its epoch."""
+
+    def __init__(self, sampler: DistributedSampler | SubsetSampler) -> None:
+        self.sampler = sampler
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls it before each epoch."""
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((self.sampler.epoch, index) for index in self.sampler)
+
+
+def train_loader(
+    cfg: CfgNode,
+    data: ClassificationData,
+    seed: int,
+    rank: int,
+    world: int,
+    condensation: Condensation | None = None,
+) -> DataLoader:
+    """Batches ``(images, classes, indices)`` of one epoch.
+
+    Args:
+        cfg: a config of this host.
+        data: the training set.
+        seed: decides order and augmentation.
+        rank: of this process.
+        world: number of processes.
+        condensation: KCD's state, whose active and blended points are served.
+    """
+    items: Any
+    sampler: DistributedSampler | SubsetSampler
+    if condensation is None:
+        items = AugmentedItems(data, cfg)
+        sampler = DistributedSampler(data, world, rank, shuffle=True, seed=seed)
+    else:
+        items = RecipeDataset(data, condensation, augmentation(cfg))
+        sampler = SubsetSampler(condensation, seed, rank, world)
+    return DataLoader(
+        SeededItems(items, seed),
+        batch_size=per_process(cfg, world),
+        sampler=EpochSampler(sampler),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        pin_memory=cfg.MODEL.DEVICE != "cpu",
+    )
+
+
+def evaluation_loader(cfg: CfgNode, data: Sized, rank: int, world: int) -> DataLoader:
+    """Batches ``(images, classes)`` of this process's share of the test set, nothing twice."""
+    return DataLoader(
+        data,  # type: ignore[arg-type]
+        batch_size=per_process(cfg, world),
+        sampler=list(range(len(data)))[rank::world],  # type: ignore[arg-type]
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        pin_memory=cfg.MODEL.DEVICE != "cpu",
+    )
+
+
+def per_process(cfg: CfgNode, world: int) -> int:
+    """Images per batch of one process.
+
+    Raises:
+        KDError: ``SOLVER.IMS_PER_BATCH`` does not divide.
+    """
+    total = cfg.SOLVER.IMS_PER_BATCH
+    if total % world:
+        fail(
+            expected=f"SOLVER.IMS_PER_BATCH to divide by the {world} processes",
+            received=str(total),
+            remedy=f"use a multiple of {world}",
+        )
+    return total // world
