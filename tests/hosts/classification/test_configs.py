@@ -1,0 +1,98 @@
+"""Every shipped recipe builds, trains a step, and exports the stock student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kd_det.hosts.classification import teacher
+from kd_det.hosts.classification.build import build_condensation, build_training_model
+from kd_det.hosts.classification.config import load_config
+from kd_det.hosts.classification.lit import score
+from kd_det.hosts.classification.models import build_classifier
+from kd_det.hosts.classification.teacher import num_classes
+from kd_det.prestage import pre_stage_losses
+from kd_det.stages import read_plan
+
+ROOT = Path(__file__).resolve().parents[3]
+FOLDER = ROOT / "configs" / "classification"
+SHARED = ("base", "student", "teacher", "baseline")
+EVERY = sorted(FOLDER.rglob("*.yaml"))
+RECIPES = [p for p in EVERY if not p.stem.startswith(SHARED) and p.parent.name != "pairs"]
+
+
+def ident(path):
+    return str(path.relative_to(FOLDER).with_suffix(""))
+
+
+def options(stage):
+    opts = stage.options(None)
+    return [*opts, "KD.TEACHER.WEIGHTS", "", "KD.TEACHER.ALLOW_RANDOM", "True"]
+
+
+@pytest.fixture(autouse=True)
+def _from_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("path", EVERY, ids=ident)
+def test_a_config_is_read_and_says_what_it_is(path):
+    load_config(str(path))
+    assert path.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=ident)
+def test_a_recipe_is_named_by_loss_student_and_teacher(path):
+    cfg = load_config(str(path))
+    name = Path(cfg.KD.TEACHER.CONFIG_FILE).stem.removeprefix("teacher_").removeprefix("coarse_")
+    if cfg.KD.JOINT.ENABLED:
+        name = cfg.KD.JOINT.NAME if "digits" not in ident(path) else "resnet20"
+    student = cfg.MODEL.NAME.rpartition("/")[2]
+    loss, _, rest = path.stem.partition(f"_{student}_")
+    assert loss
+    assert rest == name
+    assert cfg.OUTPUT_DIR.endswith(ident(path))
+
+
+# One recipe of each loss and family of student is enough: the others differ in depth.
+def representative():
+    chosen = {}
+    for path in RECIPES:
+        cfg = load_config(str(path))
+        family = (path.parent.name, path.stem.split("_")[0], cfg.MODEL.NAME.rstrip("0123456789"))
+        chosen.setdefault(family, path)
+    return list(chosen.values())
+
+
+@pytest.mark.parametrize("path", representative(), ids=ident)
+def test_a_recipe_trains_a_step_in_each_of_its_stages(path, monkeypatch):
+    # Nothing is downloaded: torchvision's published weights are left out.
+    monkeypatch.setattr(teacher, "build_classifier", lambda name, n, _: build_classifier(name, n))
+    plan = read_plan(str(path))
+    for opts in [options(stage) for stage in plan.stages] or [
+        ["KD.TEACHER.WEIGHTS", "", "KD.TEACHER.ALLOW_RANDOM", "True"]
+    ]:
+        cfg = load_config(str(path), opts)
+        model = build_training_model(cfg).train()
+        if model.distiller is not None:
+            for loss, _ in pre_stage_losses(model.distiller).values():
+                loss.finish_pre_stage()
+        images = torch.rand(4, 3, cfg.INPUT.SIZE, cfg.INPUT.SIZE)
+        losses = model(images, torch.arange(4) % num_classes(cfg))
+        total = torch.stack(list(losses.values())).sum()
+        assert torch.isfinite(total)
+        total.backward()
+        assert any(
+            p.grad is not None and p.grad.abs().sum() > 0 for p in model.student.parameters()
+        )
+        assert score(model, images, training=False).shape == (4, num_classes(cfg))
+
+
+def test_every_kcd_recipe_has_the_published_cost():
+    for path in RECIPES:
+        cfg = load_config(str(path))
+        if cfg.KD.KCD.ENABLED:
+            state = build_condensation(cfg, range(600))
+            assert state.formula_cost() == pytest.approx(0.81635, abs=1e-5), path
