@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Every detection loss on the digits, over several seeds, as one table.
+"""Every method on the digits, over several seeds, as one table.
 
 python tools/digits_table.py --host detectron2 --arch mrcnn --jobs 2
+python tools/digits_table.py --host classification --seeds 1 2 3 4 5
 
 Trains the teacher once, then every row with every seed (runs that are done are kept, interrupted
 ones continue), and prints mean and sample standard deviation as Markdown.
@@ -14,14 +15,14 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = {"detectron2": "digits", "torchvision_detection": "digits_torchvision"}
-ROWS = {
+DETECTION = {
     "baseline": "student alone",
     "kd": "KD",
     "fitnet": "FitNet",
@@ -29,29 +30,80 @@ ROWS = {
     "reviewkd": "ReviewKD",
     "reviewkd_kd": "ReviewKD + KD",
 }
-METRICS = {"box AP": "bbox/AP", "box AP50": "bbox/AP50", "mask AP": "segm/AP"}
+CLASSIFICATION = {
+    "baseline": "student alone",
+    "kd": "KD",
+    "fitnet": "FitNet",
+    "fitnet_stages": "FitNet, two stages",
+    "at": "AT",
+    "fsp": "FSP, two stages",
+    "rocket": "Rocket",
+    "reviewkd": "ReviewKD",
+    "irg": "IRG",
+    "mtk": "IRG, full (MTK)",
+    "mhgd": "MHGD",
+    "kcd": "KCD (with KD)",
+    "unix": "UNIX (with KD)",
+}
+AP = {"box AP": "bbox/AP", "box AP50": "bbox/AP50", "mask AP": "segm/AP"}
+ACCURACY = {
+    "accuracy, last": "accuracy/top1",
+    "best": "accuracy/top1_best",
+    "cost %": "cost/measured",
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared on one host. A gain counts beyond ``deviations`` standard deviations."""
+
+    folder: str
+    rows: dict[str, str]
+    metrics: dict[str, str]
+    deviations: int
+
+
+STUDIES = {
+    "detectron2": Study("digits", DETECTION, AP, 2),
+    "torchvision_detection": Study("digits_torchvision", DETECTION, AP, 2),
+    "classification": Study("classification/digits", CLASSIFICATION, ACCURACY, 1),
+}
+
+
+def names(host: str, arch: str) -> tuple[str, str, str]:
+    """Endings of the config names of teacher, baseline and rows."""
+    if host == "classification":
+        return "resnet20", "resnet14_x0.5", "resnet14_x0.5_resnet20"
+    return arch, arch, arch
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--host", choices=FOLDERS, default="torchvision_detection")
+    parser.add_argument("--host", choices=STUDIES, default="torchvision_detection")
     parser.add_argument("--arch", choices=("frcnn", "mrcnn"), default="frcnn")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", help="default: all")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--output", type=Path, default=Path("outputs/digits_table"))
     args, overrides = parser.parse_known_args()
-    runs = args.output / f"{args.host}_{args.arch}"
-    folder = ROOT / "configs" / FOLDERS[args.host]
-    teacher_config, teacher = folder / f"teacher_{args.arch}.yaml", runs / "teacher"
+    study = STUDIES[args.host]
+    if unknown := set(args.rows or ()) - set(study.rows):
+        parser.error(f"unknown rows {', '.join(sorted(unknown))}; known: {', '.join(study.rows)}")
+    chosen = args.rows or list(study.rows)
+    of_teacher, of_baseline, of_row = names(args.host, args.arch)
+    runs = args.output / (
+        args.host if args.host == "classification" else f"{args.host}_{args.arch}"
+    )
+    folder = ROOT / "configs" / study.folder
+    teacher_config, teacher = folder / f"teacher_{of_teacher}.yaml", runs / "teacher"
     console = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
         TextColumn("left"), TimeRemainingColumn(), console=console,
     ) as progress:  # fmt: skip
-        jobs = [(row, seed) for seed in args.seeds for row in args.rows]
+        jobs = [(row, seed) for seed in args.seeds for row in chosen]
         task = progress.add_task("teacher", total=len(jobs) + 1)
         train(teacher_config, teacher, [])
         progress.advance(task)
@@ -64,7 +116,7 @@ def main() -> int:
             futures = [
                 pool.submit(
                     train,
-                    folder / f"{row}_{args.arch}.yaml",
+                    folder / f"{row}_{of_baseline if row == 'baseline' else of_row}.yaml",
                     runs / f"{row}_seed{seed}",
                     ["SEED", str(seed), *taught, *overrides],
                 )
@@ -73,16 +125,17 @@ def main() -> int:
             for future in as_completed(futures):
                 future.result()
                 progress.advance(task)
-    print(table(runs, args.rows, args.seeds))
+    print(table(study, runs, chosen, args.seeds))
     return 0
 
 
 def train(config: Path, output: Path, overrides: list[str]) -> None:
     """One run in a process of its own: a run's random numbers must not depend on others."""
-    if last(output, "bbox/AP") is not None and (output / "model_final.pth").is_file():
+    done = any(last(output, key) is not None for key in ("bbox/AP", "accuracy/top1"))
+    if done and (output / "model_final.pth").is_file():
         return
     command = [sys.executable, str(ROOT / "tools/train_net.py"), "--config-file", str(config)]
-    started = (output / "last_checkpoint").exists() or (output / "last.ckpt").exists()
+    started = [p for name in ("last_checkpoint", "last.ckpt") for p in output.rglob(name)]
     command += ["--resume"] if started else []
     output.mkdir(parents=True, exist_ok=True)
     with (output / "screen.txt").open("a") as screen:
@@ -98,26 +151,37 @@ def train(config: Path, output: Path, overrides: list[str]) -> None:
 
 
 def last(output: Path, key: str) -> float | None:
-    """The last value of a metric in a run's ``metrics.json``."""
+    """A metric of a run that is done, from its results or the end of its curves."""
+    kind, _, name = key.partition("/")
+    results = output / "results.json"
+    if results.is_file():
+        return json.loads(results.read_text()).get(kind, {}).get(name)
     path = output / "metrics.json"
     lines = path.read_text().splitlines() if path.is_file() else []
     values = [record[key] for record in map(json.loads, lines) if key in record]
     return values[-1] if values else None
 
 
-def table(runs: Path, rows: list[str], seeds: list[int]) -> str:
-    """Markdown; the last column is the mean gain in box AP and whether it exceeds noise."""
-    shown = {name: k for name, k in METRICS.items() if last(runs / "teacher", k) is not None}
+def table(study: Study, runs: Path, rows: list[str], seeds: list[int]) -> str:
+    """Markdown; the last column is the mean gain in the first metric and whether it counts."""
+    wanted = study.metrics
+    everything = [runs / "teacher", *(runs / f"{row}_seed{seeds[0]}" for row in rows)]
+    shown = {n: k for n, k in wanted.items() if any(last(r, k) is not None for r in everything)}
+    main = next(iter(shown.values()))
     lines = [
-        "| model | " + " | ".join(shown) + " | box AP gained |",
+        "| model | " + " | ".join(shown) + " | gained |",
         "| --- |" + " ---: |" * (len(shown) + 1),
     ]
-    baseline = values(runs, "baseline", seeds, "bbox/AP")
+    baseline = values(runs, "baseline", seeds, main)
     for row in rows:
         cells = [spread(values(runs, row, seeds, key)) for key in shown.values()]
-        gain = "" if row == "baseline" else gained(values(runs, row, seeds, "bbox/AP"), baseline)
-        lines.append(f"| {ROWS[row]} | " + " | ".join(cells) + f" | {gain} |")
-    cells = [f"{last(runs / 'teacher', key):.2f}" for key in shown.values()]
+        found = values(runs, row, seeds, main)
+        gain = "" if row == "baseline" else gained(found, baseline, study.deviations)
+        lines.append(f"| {study.rows[row]} | " + " | ".join(cells) + f" | {gain} |")
+    cells = [
+        spread([v for v in [last(runs / "teacher", key)] if v is not None])
+        for key in shown.values()
+    ]
     lines.append("| teacher (one run) | " + " | ".join(cells) + " | |")
     return "\n".join(lines)
 
@@ -132,13 +196,15 @@ def spread(numbers: list[float]) -> str:
     return f"{statistics.mean(numbers):.2f}{deviation}" if numbers else "-"
 
 
-def gained(numbers: list[float], baseline: list[float]) -> str:
+def gained(numbers: list[float], baseline: list[float], deviations: int) -> str:
     if len(numbers) < 2 or len(baseline) < 2:
         return "-"
     difference = statistics.mean(numbers) - statistics.mean(baseline)
     # The larger of the two spreads: neither row may look steadier than the other.
     noise = max(statistics.stdev(numbers), statistics.stdev(baseline))
-    verdict = "**more than 2 sd**" if difference > 2 * noise else "within noise"
+    verdict = (
+        f"**more than {deviations} sd**" if difference > deviations * noise else "within noise"
+    )
     return f"{difference:+.2f} ({verdict})"
 
 
