@@ -114,10 +114,11 @@ def test_seeds_and_stages_combine(plan, tmp_path):
     assert [run["SEED"] for run in host.runs] == ["1", "1", "2", "2"]
 
 
-def test_evaluation_runs_the_host_once(plan):
+def test_evaluation_runs_the_host_once(plan, tmp_path):
     host = Host()
-    run_plan(host, arguments("OUTPUT_DIR", "x", eval_only=True), plan)
-    assert host.runs == [{"OUTPUT_DIR": "x", "STAGES": "[]"}]
+    folder = str(tmp_path / "x")
+    run_plan(host, arguments("OUTPUT_DIR", folder, eval_only=True), plan)
+    assert host.runs == [{"OUTPUT_DIR": folder, "STAGES": "[]"}]
 
 
 def test_results_are_read_where_a_host_returns_none(plan):
