@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,12 @@ def strip_distiller(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in state_dict.items() if not k.startswith(DISTILLER_PREFIX)}
 
 
-def load_student(student: nn.Module, weights: str, complete: bool) -> None:
+def load_student(
+    student: nn.Module,
+    weights: str,
+    complete: bool,
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+) -> None:
     """Load a start for training, or all weights for evaluation.
 
     Args:
@@ -81,11 +86,13 @@ def load_student(student: nn.Module, weights: str, complete: bool) -> None:
         weights: a file that :func:`kd_det.checkpoint.read_weights` reads.
         complete: every key must be there, as evaluation needs. Otherwise heads of another class
             count or absent ones keep their random start, and are listed.
+        rename: gives tensors of another layout the student's names.
 
     Raises:
         KDError: nothing in the file fits, or not everything where it must.
     """
     own, given = student.state_dict(), read_weights(weights)
+    given = rename(given) if rename else given
     fitting = {k: v for k, v in given.items() if k in own and v.shape == own[k].shape}
     lacking = [key for key in own if key not in fitting]
     if not fitting or (complete and lacking):

@@ -13,6 +13,7 @@ from kd_det.checkpoint import SUFFIXES, load_distiller, load_student
 from kd_det.checks import fail
 from kd_det.condensation import Condensation
 from kd_det.config import read_terms
+from kd_det.hosts.classification.checkpoints import own_names
 from kd_det.hosts.classification.data import ClassificationData
 from kd_det.hosts.classification.joint import Booster
 from kd_det.hosts.classification.model import Distillation, DistilledClassifier, Statistics
@@ -34,7 +35,8 @@ def build_student(cfg: CfgNode, weights: str, complete: bool) -> nn.Module:
     from_file = weights.endswith(SUFFIXES)
     model = build_classifier(cfg.MODEL.NAME, num_classes(cfg), "" if from_file else weights)
     if from_file:
-        load_student(model, weights, complete)
+        # A teacher's public checkpoint may be evaluated, too.
+        load_student(model, weights, complete, lambda state: own_names(model, state, weights))
     return model
 
 

@@ -41,7 +41,7 @@ def load_public(
         KDError: two keys mean one parameter, or a key of either side is left over or has another
             shape; the message lists them. The model is left untouched.
     """
-    renamed = _renamed(model, state_dict, source)
+    renamed = own_names(model, state_dict, source)
     # Files from before PyTorch 0.4.1 lack this counter, which no network here reads.
     for key, value in model.state_dict().items():
         if key.endswith(_COUNTER) and key.removesuffix(_COUNTER) + "running_mean" in renamed:
@@ -49,7 +49,8 @@ def load_public(
     load_strict(model, renamed, source)
 
 
-def _renamed(model: nn.Module, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+def own_names(model: nn.Module, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Tensors of a public layout, or of our own, by our names."""
     rules = _DENSENET_NAMES if isinstance(model, DenseNet) else getattr(model, "public_names", ())
     auxiliary = _AUXILIARY.get(type(model))
     renamed: dict[str, Tensor] = {}
