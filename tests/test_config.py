@@ -189,7 +189,7 @@ BAD_OPTIONS = {
     ),
     "unknown node in the middle": (
         ["KD.TEACHR.WEIGHTS", "x"],
-        "received 'KD.TEACHR.WEIGHTS'; remedy: did you mean 'KD.TEACHER'? known: KD.ENABLED,",
+        "received 'KD.TEACHR.WEIGHTS'; remedy: did you mean 'KD.TEACHER'? known: KD.ACTIVE_TERMS,",
     ),
     "key below a value": (
         ["SOLVER.BASE_LR.FIRST", "1"],

@@ -1,6 +1,6 @@
 """Check golden files: ``python -m tests.golden FILE...``.
 
-Prints the error of every ``out_`` and ``grad_`` key in float64 and float32 and exits with 1 if
+Prints the error of every ``out_``, ``grad_`` and ``gradnb_`` key in float64 and float32 and exits with 1 if
 one is outside its tolerance, or if a file holds a method nothing here can check. Each module of
 this folder offers ``CHECKS``: a method's name to the function that recomputes a file.
 """
@@ -40,7 +40,7 @@ def check_file(path: Path, dtype: torch.dtype) -> Iterator[Row]:
         raise KeyError(method)
     ours = CHECKS[method](Golden(path.name, meta, arrays, dtype))
     for key, expected in arrays.items():
-        if key.startswith(("out_", "grad_")):
+        if key.startswith(("out_", "grad_", "gradnb_")):
             yield compare(key, ours.get(key), expected, dtype, method)
 
 

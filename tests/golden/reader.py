@@ -109,7 +109,7 @@ def compare(
         difference = np.where(mine == theirs, 0.0, np.abs(mine - theirs))  # inf equals inf
     if np.isnan(difference).any():
         return Row(key, float("inf"), 0.0)
-    kind = "grad" if key.startswith("grad_") else "out"
+    kind = "grad" if key.startswith("grad") else "out"
     finite = np.abs(theirs[np.isfinite(theirs)])
     scale = float(finite.max(initial=0))
     if scale < _NEARLY_ZERO:

@@ -1,0 +1,152 @@
+"""AT: attention transfer (Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017,
+https://arxiv.org/abs/1612.03928).
+
+Shapes: student map ``[N, C_s, H_s, W_s]``, teacher map ``[N, C_t, H_t, W_t]`` of one stage; an
+attention map is ``[N, H * W]``.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kd_det.checks import check_choice, check_same_length, fail
+from kd_det.losses.base import DistillLoss, full_precision, no_autocast, zero_in_graph
+from kd_det.registry import LOSSES
+
+MODES = ("code", "paper")
+_EPS = 1e-12  # of F.normalize, as in the authors' code: an all-zero map stays zero
+
+logger = logging.getLogger(__name__)
+
+
+def attention_map(feature: Tensor, p: float = 2) -> Tensor:
+    """Where a map has its energy: ``mean_c |F_c|^p``, scaled to length 1 per sample.
+
+    Args:
+        feature: ``[N, C, H, W]``, any floating dtype, computed in at least float32. A map tapped
+            before its ReLU gives another result than after it, because the sign is lost.
+        p: exponent of the magnitude, at least 1. Default 2, as in the paper's experiments.
+
+    Returns:
+        ``[N, H * W]`` of Euclidean length 1 per row; zero where the whole map is zero.
+
+    Raises:
+        KDError: the tensor is not a map, or p is below 1.
+    """
+    if feature.dim() != 4:
+        fail(
+            expected="AT to get maps [N, C, H, W]",
+            received=f"shape {tuple(feature.shape)}",
+            remedy="tap feature maps; logits and pooled vectors have no positions",
+        )
+    _check_p(p)
+    with no_autocast(feature):
+        feature = full_precision(feature)
+        energy = feature.square() if p == 2 else feature.abs().pow(p)
+        return F.normalize(energy.mean(dim=1).flatten(1), dim=1, eps=_EPS)
+
+
+def at_loss(
+    student: Tensor, teacher: Tensor, p: float = 2, mode: Literal["code", "paper"] = "code"
+) -> Tensor:
+    r"""Distance between the attention maps of one stage. Widths may differ.
+
+    If sizes differ, feature maps are average-pooled to the smaller height and the smaller width
+    before their attention is taken.
+
+    Args:
+        student: ``[N, C_s, H_s, W_s]``.
+        teacher: ``[N, C_t, H_t, W_t]``; no gradient flows into it.
+        p: see :func:`attention_map`.
+        mode: ``"code"``: squared difference, averaged over samples and positions (the authors'
+            code, RepDistiller, mdistiller; the published weight of 1000 belongs to it).
+            ``"paper"``: Euclidean distance, averaged over samples; a weight here is the paper's
+            ``beta / 2``.
+
+    Returns:
+        Scalar; an exact zero in the graph for an empty batch.
+
+    Raises:
+        KDError: not two maps of one batch, p below 1, or an unknown mode.
+    """
+    check_choice("mode", mode, MODES)
+    _check_p(p)
+    _check_maps(student, teacher)
+    if student.numel() == 0:
+        return zero_in_graph([student])
+    with no_autocast(student):
+        student, teacher = full_precision(student), full_precision(teacher.detach())
+        size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
+        difference = attention_map(_pool(student, size), p) - attention_map(_pool(teacher, size), p)
+        if mode == "paper":
+            return torch.linalg.vector_norm(difference, dim=1).mean()
+        return difference.square().mean()
+
+
+def _pool(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size)
+
+
+def _check_p(p: float) -> None:
+    if not p >= 1:
+        fail(
+            expected="AT to get an exponent p of at least 1",
+            received=str(p),
+            remedy="use the paper's 2; below 1 the gradient at 0 is infinite",
+        )
+
+
+def _check_maps(student: Tensor, teacher: Tensor) -> None:
+    if student.dim() != 4 or teacher.dim() != 4 or len(student) != len(teacher):
+        fail(
+            expected="AT to get a student and a teacher map [N, C, H, W] of the same images",
+            received=f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}",
+            remedy="tap feature maps on both sides; logits and pooled vectors have no positions",
+        )
+
+
+@LOSSES.register("AT")
+class ATLoss(DistillLoss):
+    """:func:`at_loss`, summed over the stages. Nothing is learned.
+
+    Args:
+        p: see :func:`attention_map`.
+        mode: see :func:`at_loss`.
+    """
+
+    def __init__(self, p: float = 2, mode: Literal["code", "paper"] = "code") -> None:
+        super().__init__()
+        _check_p(p)
+        check_choice("mode", mode, MODES)
+        self.p = p
+        self.mode = mode
+        self._warned = False
+
+    def forward(self, student: list[Tensor], teacher: list[Tensor], **context: Any) -> Tensor:
+        """Stages of ``[N, C, H, W]`` maps, whose widths and sizes may differ. Scalar."""
+        check_same_length("AT", student, teacher)
+        losses = [
+            at_loss(s, t, self.p, self.mode)  # type: ignore[arg-type]
+            for s, t in zip(student, teacher, strict=True)
+        ]
+        self._warn_of_single_cells(student, teacher)
+        return torch.stack(losses).sum()
+
+    def _warn_of_single_cells(self, student: list[Tensor], teacher: list[Tensor]) -> None:
+        if self._warned:
+            return
+        for stage, (s, t) in enumerate(zip(student, teacher, strict=True)):
+            if min(s.shape[2], t.shape[2]) == 1 and min(s.shape[3], t.shape[3]) == 1:
+                self._warned = True
+                logger.warning(
+                    "AT stage %d is compared at 1x1 (student %s, teacher %s): its attention is 1 "
+                    "on both sides and it teaches nothing",
+                    stage,
+                    tuple(s.shape),
+                    tuple(t.shape),
+                )

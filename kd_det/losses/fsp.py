@@ -1,0 +1,268 @@
+"""FSP: flow of solution procedure (Yim et al., "A Gift from Knowledge Distillation: Fast
+Optimization, Network Minimization and Transfer Learning", CVPR 2017).
+
+Shapes: two maps of one network, first ``[N, m, h, w]`` and second ``[N, n, h', w']``, give one FSP
+matrix per sample, ``[N, m, n]``: which channels of the two layers fire together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kd_det.checks import check_channels, check_choice, check_same_length, fail
+from kd_det.losses.base import (
+    DistillLoss,
+    TapSpec,
+    full_precision,
+    no_autocast,
+    zero_in_graph,
+)
+from kd_det.registry import LOSSES
+
+POOLS = ("max", "avg")
+REDUCTIONS = ("frobenius", "mean")
+PAIRS = ("disjoint", "chain")
+
+
+def fsp_matrix(first: Tensor, second: Tensor, pool: Literal["max", "avg"] = "max") -> Tensor:
+    r"""Co-activation of two layers: ``G_ij = 1/(hw) * sum_yx first_i second_j``.
+
+    Maps of different size are pooled, adaptively, to the smaller height and the smaller width.
+
+    Args:
+        first: ``[N, m, h, w]``, any floating dtype, computed in at least float32.
+        second: ``[N, n, h', w']`` of the same network and images.
+        pool: ``"max"`` (the paper) or ``"avg"`` (RepDistiller).
+
+    Returns:
+        ``[N, m, n]``.
+
+    Raises:
+        KDError: not two maps of one batch, or an unknown ``pool``.
+    """
+    check_choice("pool", pool, POOLS)
+    if first.dim() != 4 or second.dim() != 4 or len(first) != len(second):
+        fail(
+            expected="FSP to get two maps [N, C, H, W] of the same images",
+            received=f"first {tuple(first.shape)}, second {tuple(second.shape)}",
+            remedy="tap two feature maps of one network; logits and pooled vectors have no "
+            "positions",
+        )
+    with no_autocast(first):
+        first, second = full_precision(first), full_precision(second)
+        size = (min(first.shape[2], second.shape[2]), min(first.shape[3], second.shape[3]))
+        first, second = _pool(first, size, pool), _pool(second, size, pool)
+        # Dividing a factor instead of the product keeps the sum over positions in range.
+        first = first.flatten(2) / (size[0] * size[1])
+        return torch.bmm(first, second.flatten(2).transpose(1, 2))
+
+
+def _pool(x: Tensor, size: tuple[int, int], pool: str) -> Tensor:
+    if x.shape[2:] == size:
+        return x
+    return F.adaptive_max_pool2d(x, size) if pool == "max" else F.adaptive_avg_pool2d(x, size)
+
+
+def fsp_loss(
+    student_first: Tensor,
+    student_second: Tensor,
+    teacher_first: Tensor,
+    teacher_second: Tensor,
+    pool: Literal["max", "avg"] = "max",
+    reduction: Literal["frobenius", "mean"] = "frobenius",
+) -> Tensor:
+    """Squared difference of the FSP matrices of one pair of layers.
+
+    The widths of the two networks must agree; their spatial sizes need not.
+
+    Args:
+        student_first: ``[N, m, h, w]``.
+        student_second: ``[N, n, h', w']``.
+        teacher_first: ``[N, m, ., .]``; no gradient flows into the teacher.
+        teacher_second: ``[N, n, ., .]``.
+        pool: see :func:`fsp_matrix`.
+        reduction: ``"frobenius"`` sums over the matrix and averages samples (the paper);
+            ``"mean"`` averages every element (RepDistiller), m * n times smaller.
+
+    Returns:
+        Scalar; an exact zero in the graph for an empty batch.
+
+    Raises:
+        KDError: matrices of different shape, unknown choices, or see :func:`fsp_matrix`.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    student = fsp_matrix(student_first, student_second, pool)
+    teacher = fsp_matrix(teacher_first.detach(), teacher_second.detach(), pool)
+    if student.shape != teacher.shape:
+        fail(
+            expected="FSP matrices [N, m, n] of one shape, that is, pairs of layers as wide in the "
+            "student as in the teacher",
+            received=f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}",
+            remedy="tap layers of the same widths, or build FSPLoss with adapt=True",
+        )
+    if student.numel() == 0:
+        return zero_in_graph([student_first, student_second])
+    total = (student - teacher).square().sum()
+    return total / (student.numel() if reduction == "mean" else len(student))
+
+
+@LOSSES.register("FSP")
+class FSPLoss(DistillLoss):
+    """:func:`fsp_loss`, summed over pairs of layers.
+
+    FSP is meant as a first stage: minimise it alone, then train the student without a teacher.
+
+    Args:
+        pool: see :func:`fsp_matrix`.
+        reduction: see :func:`fsp_loss`.
+        pairs: how taps t0, t1, ... are paired: ``"disjoint"`` reads (t0, t1), (t2, t3), ..., for
+            example first and last layer of each section (the paper); ``"chain"`` reads (t0, t1),
+            (t1, t2), ..., consecutive stages (RepDistiller).
+        resize: whether two maps of one pair may differ in size and are then pooled. The paper's
+            pairs do not differ; False makes it an error.
+        adapt: bridge other widths by a 1x1 convolution without bias on the student's map (ours;
+            the paper and RepDistiller require equal widths). Default False.
+        student_channels: widths of the student's taps; needed with ``adapt`` only.
+        teacher_channels: likewise for the teacher.
+
+    Raises:
+        KDError: unknown choices, or ``adapt`` without widths.
+    """
+
+    from_taps: ClassVar[tuple[str, ...]] = ("student_channels", "teacher_channels")
+
+    def __init__(
+        self,
+        pool: Literal["max", "avg"] = "max",
+        reduction: Literal["frobenius", "mean"] = "frobenius",
+        pairs: Literal["disjoint", "chain"] = "disjoint",
+        resize: bool = True,
+        adapt: bool = False,
+        student_channels: Sequence[int] | None = None,
+        teacher_channels: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("pool", pool, POOLS)
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("pairs", pairs, PAIRS)
+        self.pool = pool
+        self.reduction = reduction
+        self.pairs = pairs
+        self.resize = resize
+        self.adaptors = _adaptors(student_channels, teacher_channels) if adapt else None
+
+    @classmethod
+    def tap_arguments(
+        cls, student: Sequence[TapSpec], teacher: Sequence[TapSpec], given: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Widths for ``adapt``; without it, refuses taps of different width.
+
+        Also refuses a number of taps that makes no pairs and, without ``resize``, pairs whose
+        sizes or strides are known to differ.
+        """
+        check_same_length("FSP", student, teacher)
+        pairs = _pair_up(len(student), given.get("pairs", "disjoint"))
+        if not given.get("resize", True):
+            for side, specs in (("student", student), ("teacher", teacher)):
+                for a, b in pairs:
+                    _check_specs(side, a, specs[a], specs[b])
+        widths = [s.channels for s in student], [t.channels for t in teacher]
+        if given.get("adapt", False):
+            return {"student_channels": widths[0], "teacher_channels": widths[1]}
+        if widths[0] != widths[1]:
+            fail(
+                expected="FSP taps as wide in the student as in the teacher",
+                received=f"student channels {widths[0]}, teacher channels {widths[1]}",
+                remedy="choose a pair of models that differ in depth only, or set ADAPT: True for "
+                "a learned 1x1 convolution",
+            )
+        return {}
+
+    def forward(self, student: list[Tensor], teacher: list[Tensor], **context: Any) -> Tensor:
+        """Maps ``[N, C, H, W]`` in the order that ``pairs`` reads. Scalar."""
+        check_same_length("FSP", student, teacher)
+        pairs = _pair_up(len(student), self.pairs)
+        if not self.resize:
+            for side, maps in (("student", student), ("teacher", teacher)):
+                for a, b in pairs:
+                    _check_size(side, a, tuple(maps[a].shape[2:]), tuple(maps[b].shape[2:]))
+        if any(x.numel() == 0 for x in student):
+            return zero_in_graph([*student, *self.parameters()])
+        student = self._adapt(student)
+        losses = [
+            fsp_loss(
+                student[a],
+                student[b],
+                teacher[a],
+                teacher[b],
+                self.pool,  # type: ignore[arg-type]
+                self.reduction,  # type: ignore[arg-type]
+            )
+            for a, b in pairs
+        ]
+        return torch.stack(losses).sum()
+
+    def _adapt(self, student: list[Tensor]) -> list[Tensor]:
+        if self.adaptors is None:
+            return student
+        check_same_length("FSP", student, self.adaptors)
+        adapted = []
+        for adaptor, x in zip(self.adaptors, student, strict=True):
+            if isinstance(adaptor, nn.Conv2d):
+                check_channels("FSP", "student", x, adaptor.in_channels)
+                x = adaptor(full_precision(x))
+            adapted.append(x)
+        return adapted
+
+
+def _adaptors(
+    student_channels: Sequence[int] | None, teacher_channels: Sequence[int] | None
+) -> nn.ModuleList:
+    if student_channels is None or teacher_channels is None:
+        fail(
+            expected="FSP with adapt to know the widths of its taps",
+            received=f"student_channels {student_channels}, teacher_channels {teacher_channels}",
+            remedy="pass both lists, one width per tap",
+        )
+    check_same_length("FSP", student_channels, teacher_channels)
+    # Without a bias, the adapted matrix is a linear image of the student's own.
+    return nn.ModuleList(
+        nn.Identity() if c_s == c_t else nn.Conv2d(c_s, c_t, 1, bias=False)
+        for c_s, c_t in zip(student_channels, teacher_channels, strict=True)
+    )
+
+
+def _pair_up(count: int, pairs: str) -> list[tuple[int, int]]:
+    check_choice("pairs", pairs, PAIRS)
+    if count < 2 or (pairs == "disjoint" and count % 2):
+        fail(
+            expected="FSP to get pairs of taps, "
+            + ("an even number" if pairs == "disjoint" else "at least two"),
+            received=f"{count} per network with pairs '{pairs}'",
+            remedy="list the first and the second layer of each pair; or, for consecutive stages, "
+            "set PAIRS: chain",
+        )
+    step = 2 if pairs == "disjoint" else 1
+    return [(first, first + 1) for first in range(0, count - 1, step)]
+
+
+def _check_specs(side: str, tap: int, first: TapSpec, second: TapSpec) -> None:
+    if first.size is not None and second.size is not None:
+        _check_size(side, tap, first.size, second.size)
+    elif first.stride is not None and second.stride is not None:
+        _check_size(side, tap, (first.stride,), (second.stride,))
+
+
+def _check_size(side: str, tap: int, first: tuple[int, ...], second: tuple[int, ...]) -> None:
+    if first != second:
+        what = "strides" if len(first) == 1 else "sizes"
+        fail(
+            expected=f"FSP without resize to get {side} taps {tap} and {tap + 1} of equal {what}",
+            received=f"{'x'.join(map(str, first))} and {'x'.join(map(str, second))}",
+            remedy="tap two layers of one stage, or set RESIZE: True to pool the larger map",
+        )

@@ -1,0 +1,86 @@
+"""Rocket launching (Zhou et al., "Rocket Launching: A Universal and Efficient Framework for
+Training Well-performing Light Net", AAAI 2018, https://arxiv.org/abs/1708.04106).
+
+A light net and a heavy booster share their lower layers and are trained together from scratch;
+here is the hint that ties their logits. Shapes: N samples, J classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_det.checks import check_same_length, check_same_shape, fail
+from kd_det.losses.base import (
+    DistillLoss,
+    TapSpec,
+    full_precision,
+    no_autocast,
+    zero_in_graph,
+)
+from kd_det.registry import LOSSES
+
+
+def rocket_hint(light_logits: Tensor, booster_logits: Tensor, block: bool = True) -> Tensor:
+    """Squared distance of the logits before the softmax: ``1/N * sum_n ||l_n - z_n||^2``.
+
+    Summed over classes and averaged over the samples that are there. The authors' code divides by
+    the configured batch size instead, which weakens a partial last batch.
+
+    Args:
+        light_logits: ``[N, J]``, any floating dtype, computed in at least float32.
+        booster_logits: same shape.
+        block: the gradient block: the hint does not pull the booster towards the light net.
+            Default True, as in the paper; False is its ablation.
+
+    Returns:
+        Scalar; an exact zero in the graph for an empty batch.
+
+    Raises:
+        KDError: the shapes differ.
+    """
+    check_same_shape("Rocket", light_logits, booster_logits)
+    if block:
+        booster_logits = booster_logits.detach()
+    if light_logits.numel() == 0:
+        return zero_in_graph([light_logits, booster_logits])
+    with no_autocast(light_logits):
+        difference = full_precision(light_logits) - full_precision(booster_logits)
+        return difference.square().sum() / len(difference)
+
+
+@LOSSES.register("Rocket")
+class RocketLoss(DistillLoss):
+    """:func:`rocket_hint` with the light net as student and the booster as teacher.
+
+    Args:
+        block: see :func:`rocket_hint`. False needs a teacher tensor that carries a gradient, which
+            only a jointly trained booster has.
+    """
+
+    def __init__(self, block: bool = True) -> None:
+        super().__init__()
+        self.block = block
+
+    @classmethod
+    def tap_arguments(
+        cls, student: Sequence[TapSpec], teacher: Sequence[TapSpec], given: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Nothing to fill in; refuses a booster with other classes."""
+        for s, t in zip(student, teacher, strict=False):
+            if s.channels != t.channels:
+                fail(
+                    expected="Rocket between a light net and a booster of the same classes",
+                    received=f"light net {s.channels} logits, booster {t.channels} logits",
+                    remedy="give both heads the same number of classes",
+                )
+        return {}
+
+    def forward(self, student: list[Tensor], teacher: list[Tensor], **context: Any) -> Tensor:
+        """Mean over pairs of ``[N, J]`` logits, of which there is usually one. Scalar."""
+        check_same_length("Rocket", student, teacher)
+        pairs = [rocket_hint(s, t, self.block) for s, t in zip(student, teacher, strict=True)]
+        return torch.stack(pairs).mean()
