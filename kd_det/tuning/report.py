@@ -1,0 +1,155 @@
+"""The result of a search as a Markdown table and as a plot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+from kd_det.tuning.search import Sweep
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+_COLUMNS = 3
+_LOG_RATIO = 8.0  # from here on values are read as magnitudes
+_MOST_TICKS = 8
+
+
+def table(sweeps: Sequence[Sweep], metric: str, seeds: Sequence[int]) -> str:
+    """One Markdown table per key, each with a sentence that says how sure its best value is."""
+    over = f"seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
+    lines = [
+        f"# Greedy search for the highest {metric}",
+        "",
+        f"Mean and sample standard deviation (sd) over {over}. Each key was searched with the best",
+        "values of the keys before it.",
+    ]
+    for number, sweep in enumerate(sweeps, start=1):
+        lines += ["", f"## {number}. {sweep.key}", "", *_rows(sweep, seeds), "", verdict(sweep)]
+        lines += [
+            f"\n{point.value:g} failed: {point.failure}" for point in sweep.points if point.failure
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(sweep: Sweep, seeds: Sequence[int]) -> list[str]:
+    rows = [
+        "| value | mean | sd | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
+        "| ---: | ---: | ---: |" + " ---: |" * len(seeds),
+    ]
+    digits = _digits(sweep)
+    for point in sweep.points:
+        if not point.scores:
+            cells = ["failed", "", *[""] * len(seeds)]
+        else:
+            spread = "" if point.deviation is None else f"{point.deviation:.{digits}f}"
+            scores = [f"{score:.{digits}f}" for score in point.scores]
+            cells = [f"{point.mean:.{digits}f}", spread, *scores]
+        value = f"{point.value:g}"
+        if point == sweep.best:
+            value, cells[0] = f"**{value} (best)**", f"**{cells[0]}**"
+        rows.append(f"| {value} | " + " | ".join(cells) + " |")
+    return rows
+
+
+def verdict(sweep: Sweep) -> str:
+    """Whether the best value is better than the next one by more than the seed makes out."""
+    best, *others = sweep.finished
+    said = f"Best: {best.value:g}"
+    if not others:
+        return f"{said}, the only finished value."
+    digits = _digits(sweep)
+    margin = best.mean - others[0].mean
+    said += f", {margin:.{digits}f} ahead of {others[0].value:g}"
+    spreads = [p.deviation for p in (best, others[0]) if p.deviation is not None]
+    if not spreads:
+        return f"{said}. One seed does not tell the noise; search with `--seeds 1 2 3`."
+    # The larger of the two: neither value may look steadier than the other.
+    noise = max(spreads)
+    if margin < noise:
+        return f"{said}: **within seed noise** (sd {noise:.{digits}f})."
+    return f"{said}, more than the sd of {noise:.{digits}f}."
+
+
+def draw(sweeps: Sequence[Sweep], metric: str, path: Path) -> None:
+    """One panel per key: the metric against the value, bars of one standard deviation.
+
+    Args:
+        sweeps: in the order of the search.
+        metric: names the axis.
+        path: the PNG to write.
+    """
+    columns = min(_COLUMNS, len(sweeps))
+    rows = math.ceil(len(sweeps) / columns)
+    figure, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(4.4 * columns + 0.6, 3.6 * rows),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes in grid.flat[len(sweeps) :]:
+        axes.set_axis_off()
+    for number, (axes, sweep) in enumerate(zip(grid.flat, sweeps, strict=False), start=1):
+        _panel(axes, sweep)
+        axes.set_title(f"{number}. {sweep.key}\n{_best(sweep)}", fontsize=10)
+    for row in grid:
+        row[0].set_ylabel(metric)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _panel(axes: Axes, sweep: Sweep) -> None:
+    points = sorted(sweep.finished, key=lambda point: point.value)
+    axes.errorbar(
+        [point.value for point in points],
+        [point.mean for point in points],
+        yerr=[point.deviation or 0.0 for point in points],
+        marker="o",
+        color="tab:blue",
+        capsize=3,
+    )
+    axes.plot(sweep.best.value, sweep.best.mean, "*", color="tab:orange", markersize=15, zorder=3)
+    for point in sweep.points:
+        if point.failure:
+            axes.annotate(
+                "failed",
+                (point.value, 0.03),
+                xycoords=axes.get_xaxis_transform(),
+                color="tab:red",
+                rotation=90,
+                horizontalalignment="center",
+            )
+    values = [point.value for point in sweep.points]
+    _scale(axes, values)
+    if len(values) <= _MOST_TICKS:
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.set_xticks([], minor=True)
+    axes.margins(x=0.1, y=0.1)
+    axes.grid(alpha=0.3)
+
+
+def _best(sweep: Sweep) -> str:
+    best, digits = sweep.best, _digits(sweep)
+    spread = "" if best.deviation is None else f" ± {best.deviation:.{digits}f}"
+    return f"best {best.value:.4g}: {best.mean:.{digits}f}{spread}"
+
+
+def _scale(axes: Axes, values: Sequence[float]) -> None:
+    positive = [value for value in values if value > 0]
+    if min(values) < 0 or not positive or max(positive) < _LOG_RATIO * min(positive):
+        return
+    if min(values) == 0:
+        axes.set_xscale("symlog", linthresh=min(positive))
+    else:
+        axes.set_xscale("log")
+
+
+def _digits(sweep: Sweep) -> int:
+    """Decimals: two for percent, four for a share."""
+    return 2 if max(abs(point.mean) for point in sweep.finished) > 1 else 4

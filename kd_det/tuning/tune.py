@@ -1,0 +1,159 @@
+"""A whole search: checks, runs with a progress bar, and what is written at its end."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from kd_det.checks import fail
+from kd_det.tuning.plan import (
+    check_metric,
+    check_search,
+    choose_seeds,
+    load_config,
+    settings,
+    write_best,
+)
+from kd_det.tuning.report import draw, table
+from kd_det.tuning.runs import TrainNet
+from kd_det.tuning.search import Run, Sweep, greedy_search
+from kd_det.tuning.space import Space
+
+TABLE, PLOT, BEST, LOCK = "table.md", "search.png", "best.yaml", "search.lock"
+
+
+def tune(
+    config_file: str,
+    spaces: Mapping[str, Space],
+    output: Path,
+    *,
+    metric: str = "",
+    seeds: Sequence[int] = (),
+    overrides: Sequence[str] = (),
+    jobs: int = 1,
+    num_gpus: int = 1,
+    stop: Callable[[], bool] = lambda: False,
+    run: Run | None = None,
+) -> list[Sweep]:
+    """Search the best value of each key in turn; started again, it continues where it was.
+
+    ``output`` gets ``table.md``, ``search.png``, ``best.yaml``, Optuna's ``search.journal`` and the
+    runs, after every key.
+
+    Args:
+        config_file: of any host.
+        spaces: key to the values to try, in the order of the search.
+        output: a folder of its own.
+        metric: ``group/name`` in a run's results; default ``bbox/AP`` for detectors,
+            ``accuracy/top1`` for classifiers.
+        seeds: default: those of the config.
+        overrides: ``KEY VALUE`` pairs for all runs.
+        jobs: values that are trained at a time.
+        num_gpus: processes of each run.
+        stop: asked while trainings run; True ends them and the search.
+        run: replaces the training.
+
+    Returns:
+        One sweep per key.
+
+    Raises:
+        KDError: anything that would fail later, before the first training; or see
+            :func:`kd_det.tuning.search.greedy_search`.
+    """
+    if jobs < 1 or (jobs > 1 and num_gpus > 1):
+        fail(
+            expected="at least one job, and only one where a run has several processes",
+            received=f"{jobs} jobs of {num_gpus} processes",
+            remedy="give --jobs 1, or --num-gpus 1",
+        )
+    check_search(config_file, overrides, spaces)
+    metric = check_metric(config_file, metric)
+    seeds = choose_seeds(config_file, overrides, seeds)
+
+    def current(fixed: Mapping[str, float]) -> dict[str, object]:
+        return {"metric": metric, **settings(load_config(config_file, overrides, fixed))}
+
+    def write(sweeps: Sequence[Sweep]) -> None:
+        (output / TABLE).write_text(table(sweeps, metric, seeds))
+        draw(sweeps, metric, output / PLOT)
+        best = {sweep.key: sweep.best.value for sweep in sweeps}
+        write_best(output / BEST, config_file, overrides, best)
+
+    total = len(seeds) * sum(space.trials for space in spaces.values())
+    with _locked(output) as lock, _Bar(total) as bar:
+        run = run or TrainNet(config_file, overrides, metric, num_gpus, jobs, lock, stop)
+        return greedy_search(
+            spaces,
+            run,
+            output,
+            seeds=seeds,
+            settings=current,
+            progress=bar,
+            after_key=write,
+            jobs=jobs,
+        )
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[int]:
+    """Only one search at a time in a folder, and none beside a training that outlived its own."""
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(
+                expected=f"no other search in {output}",
+                received="one that is running, or a training of one that was killed",
+                remedy=f"wait for it, or end it: fuser {output / LOCK} names its process",
+            )
+        yield file.fileno()
+
+
+class _Bar:
+    """A progress bar over all runs of a search, on standard error."""
+
+    def __init__(self, total: int) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("runs,"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            # A run takes minutes or days: every one of them counts for the time left.
+            speed_estimate_period=float("inf"),
+        )
+        self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> _Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def begin(self, key: str, done: int) -> None:
+        self._bar.update(self._task, description=key)
+        if done:
+            # Runs of an earlier start took no time in this one.
+            task = self._bar.tasks[self._task]
+            self._bar.reset(self._task, completed=int(task.completed) + done, description=key)
+        self._bar.advance(self._task, 0)  # where the time of the first run begins
+
+    def advance(self, runs: int) -> None:
+        self._bar.advance(self._task, runs)
