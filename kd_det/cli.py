@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
+from fvcore.common.config import CfgNode
+
 from kd_det.checks import KDError, fail
 from kd_det.config import read_host
 from kd_det.stages import read_plan, run_plan
@@ -19,7 +21,7 @@ INSTALL_GUIDE = "https://detectron2.readthedocs.io/tutorials/install.html"
 def argument_parser() -> argparse.ArgumentParser:
     """Detectron2's own flags, with the same meaning on every host."""
     parser = argparse.ArgumentParser(
-        description="Train or evaluate a distilled detector.",
+        description="Train or evaluate a distilled detector or classifier.",
         epilog="example: python tools/train_net.py "
         "--config-file configs/reviewkd_frcnn_r50_r101.yaml --num-gpus 4",
     )
@@ -62,6 +64,19 @@ def _table(summary: Mapping[str, Mapping[str, Mapping[str, float]]], seeds: int)
         values = (f"{k} {v['mean']:.2f} ± {v['std']:.2f}" for k, v in metrics.items())
         lines.append(f"{kind}: " + ", ".join(values))
     return "\n".join(lines)
+
+
+def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """The config a file describes, read and checked as its host does.
+
+    Raises:
+        KDError: see :func:`kd_det.config.merge_config`; or its host is not installed.
+    """
+    host = read_host(config_file)
+    if host == "detectron2":
+        require_detectron2()
+        return importlib.import_module("kd_det.hosts.detectron2.train").load_cfg(config_file, opts)
+    return importlib.import_module(f"kd_det.hosts.{host}.config").load_config(config_file, opts)
 
 
 def require_detectron2() -> None:

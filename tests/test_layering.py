@@ -27,7 +27,12 @@ HOST_LIBRARIES = [
 ]
 
 # What a module of the core may import besides the standard library, torch and the core itself.
-EXTRA = {"registry": {"fvcore"}, "config": {"fvcore", "yaml"}, "checkpoint": {"safetensors"}}
+EXTRA = {
+    "cli": {"fvcore"},
+    "registry": {"fvcore"},
+    "config": {"fvcore", "yaml"},
+    "checkpoint": {"safetensors"},
+}
 
 CORE = sorted([*PACKAGE.glob("*.py"), *(PACKAGE / "losses").glob("*.py")])
 HOSTS = sorted((PACKAGE / "hosts").rglob("*.py"))

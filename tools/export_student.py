@@ -6,11 +6,11 @@ python tools/export_student.py --config-file outputs/run/config.yaml \\
 """
 
 import argparse
+import importlib
 import sys
 
 from kd_det.checks import KDError
-from kd_det.cli import require_detectron2
-from kd_det.config import read_host
+from kd_det.cli import load_config
 
 
 def main() -> int:
@@ -23,17 +23,9 @@ def main() -> int:
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     args = parser.parse_args()
     try:
-        host = read_host(args.config_file)
-        if host == "detectron2":
-            require_detectron2()
-            from kd_det.hosts.detectron2.export import export_student
-            from kd_det.hosts.detectron2.train import load_cfg as load_config
-        else:
-            from kd_det.hosts.torchvision_detection.config import load_config
-            from kd_det.hosts.torchvision_detection.export import export_student
-
         cfg = load_config(args.config_file, args.opts)
-        model, config = export_student(cfg, args.weights, args.output)
+        host = importlib.import_module(f"kd_det.hosts.{cfg.HOST}.export")
+        model, config = host.export_student(cfg, args.weights, args.output)
     except KDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

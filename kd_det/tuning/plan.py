@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode
 
+from kd_det import cli
 from kd_det.checks import check_known, fail
-from kd_det.cli import require_detectron2
 from kd_det.config import read_host
 from kd_det.tuning.space import Space, as_text
 
@@ -22,11 +21,6 @@ _METRICS = {
     "detectron2": ("bbox/AP", ("bbox", "segm", "keypoints")),
     "torchvision_detection": ("bbox/AP", ("bbox", "segm")),
     "classification": ("accuracy/top1", ("accuracy",)),
-}
-_LOADERS = {
-    "detectron2": ("train", "load_cfg"),
-    "torchvision_detection": ("config", "load_config"),
-    "classification": ("config", "load_config"),
 }
 
 
@@ -38,13 +32,8 @@ def load_config(
     Raises:
         KDError: see :func:`kd_det.config.merge_config`.
     """
-    host = read_host(config_file)
-    if host == "detectron2":
-        require_detectron2()
-    module, name = _LOADERS[host]
-    load = getattr(importlib.import_module(f"kd_det.hosts.{host}.{module}"), name)
     opts = [part for key, value in (values or {}).items() for part in (key, as_text(value))]
-    return load(config_file, [*overrides, *opts])
+    return cli.load_config(config_file, [*overrides, *opts])
 
 
 def check_search(config_file: str, overrides: Sequence[str], spaces: Mapping[str, Space]) -> None:

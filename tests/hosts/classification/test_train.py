@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,12 +14,14 @@ import torch
 from lightning.pytorch import Callback
 
 from kd_det.hosts.classification.build import build_training_model
+from kd_det.hosts.classification.config import load_config
 from kd_det.hosts.classification.data import ClassificationData
 from kd_det.hosts.classification.export import export_student
 from kd_det.hosts.classification.lit import LitClassifier
 from kd_det.hosts.classification.loaders import train_loader
 from kd_det.hosts.classification.models import build_classifier
 from kd_det.hosts.classification.train import run
+from kd_det.stages import read_plan, run_plan
 
 SOFT = {"soft": {"LOSS": "KD", "WEIGHT": 0.9, "TAPS": ["logits"], "TEMPERATURE": 4.0}}
 FLOW = {
@@ -196,3 +202,54 @@ def test_a_given_pre_stage_is_reused_for_another_student(config):
     assert networks[0]
     assert same(*networks)
     assert not (Path(second.OUTPUT_DIR) / "pre_stage.pth").exists()
+
+
+STAGED = """
+STAGES:
+  - {NAME: flow, TERMS: [flow], TASK: False, OVERRIDES: {SOLVER.MAX_EPOCH: 2}}
+  - {NAME: task, TERMS: [], OVERRIDES: {SOLVER.MAX_EPOCH: 3}}
+"""
+
+
+def staged(cfg, tmp_path, resume=False, stop=None):
+    """A run with stages, killed in its second one if ``stop`` is given."""
+    path = tmp_path / f"{Path(cfg.OUTPUT_DIR).name}.yaml"
+    path.write_text(cfg.dump().replace("STAGES: []\n", STAGED))
+
+    def host(args):
+        own = load_config(args.config_file, args.opts)
+        second = own.OUTPUT_DIR.endswith("stage_2_task")
+        return run(own, args.resume, callbacks=[stop] if stop and second else [])
+
+    args = argparse.Namespace(config_file=str(path), opts=[], resume=resume, eval_only=False)
+    return run_plan(host, args, read_plan(str(path)))
+
+
+def test_two_stages_killed_in_the_second_end_as_uninterrupted_ones(config, tmp_path):
+    whole, broken = config("a", KD={"TERMS": FLOW}), config("b", KD={"TERMS": FLOW})
+    expected = staged(whole, tmp_path)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        staged(broken, tmp_path, stop=Stop(1))
+    first = Path(broken.OUTPUT_DIR) / "stage_1_flow"
+    before = (first / "metrics.json").read_text()
+    assert staged(broken, tmp_path, resume=True) == expected
+    assert (first / "metrics.json").read_text() == before
+    assert same(weights(whole), weights(broken))
+    # The second stage starts from the first one's student and has no teacher.
+    assert not any(key.startswith("distiller.") for key in weights(whole))
+    started = torch.load(first / "model_final.pth", weights_only=True)["model"]
+    assert any(key.startswith("distiller.") for key in started)
+
+
+def test_the_export_tool_serves_classifiers(config, tmp_path):
+    cfg = config(KD={"TERMS": FLOW})
+    run(cfg)
+    output = Path(cfg.OUTPUT_DIR)
+    command = [sys.executable, "tools/export_student.py"]
+    command += ["--config-file", str(output / "config.yaml")]
+    command += ["--weights", str(output / "model_final.pth"), "--output", str(tmp_path / "out")]
+    root = Path(__file__).resolve().parents[3]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    subprocess.run(command, cwd=root, env=environment, check=True, timeout=200)
+    stock = build_classifier("resnet8_x0.25", 10)
+    stock.load_state_dict(torch.load(tmp_path / "out" / "model.pth", weights_only=True))
