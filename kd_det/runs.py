@@ -12,7 +12,13 @@ from kd_det.checks import fail
 
 # Files of which any one shows that a run has trained in a folder. Its config alone does not: a run
 # that was refused before its first iteration may be corrected and started again.
-_TRACES = ("last_checkpoint", "last.ckpt", "model_final.pth", "metrics.json")
+_TRACES = (
+    "last_checkpoint",
+    "last.ckpt",
+    "model_final.pth",
+    "metrics.json",
+    "pre_stage.pth",
+)
 
 
 def check_output_dir(output_dir: str, resume: bool) -> None:

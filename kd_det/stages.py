@@ -148,6 +148,20 @@ def run_plan(host: Host, args: argparse.Namespace, plan: Plan) -> Any:
     return summary
 
 
+def check_single_run(cfg: Mapping[str, Any]) -> None:
+    """Refuse, where one run begins, a config that asks for several.
+
+    Raises:
+        KDError: ``STAGES`` or ``SEEDS`` is not empty.
+    """
+    if cfg["STAGES"] or cfg["SEEDS"]:
+        fail(
+            expected="the config of a single run",
+            received=f"{len(cfg['STAGES'])} STAGES, {len(cfg['SEEDS'])} SEEDS",
+            remedy="start it with tools/train_net.py, which makes one run of each",
+        )
+
+
 def summarize(results: Mapping[int, Any]) -> dict[str, dict[str, dict[str, float]]]:
     """``{kind: {metric: {"mean", "std"}}}`` over seeds; the sample standard deviation.
 

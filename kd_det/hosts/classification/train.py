@@ -39,6 +39,7 @@ from kd_det.loop.hardware import (
 )
 from kd_det.loop.pre_stage import load_given_pre_stage, prepare_pre_stage
 from kd_det.runs import check_output_dir, evaluated_weights
+from kd_det.stages import check_single_run
 from kd_det.unix import unix_cost
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ def run(
         KDError: anything that would fail later, before training and before anything is written.
     """
     check_config(cfg)
+    check_single_run(cfg)
     hardware = hardware_arguments(cfg, num_gpus, num_machines)
     output = Path(cfg.OUTPUT_DIR)
     if not eval_only:

@@ -12,6 +12,7 @@ from fvcore.common.config import CfgNode
 
 from kd_det.checks import check_choice, fail
 from kd_det.config import add_kd_config, merge_config
+from kd_det.hosts.torchvision_detection.kcd import check_kcd
 
 META_ARCHITECTURES = ("FasterRCNN", "MaskRCNN", "RetinaNet", "FCOS")
 
@@ -45,8 +46,8 @@ def check_config(cfg: CfgNode) -> None:
     """Refuse values that only this host can judge.
 
     Raises:
-        KDError: another host's config, an unknown meta-architecture, or levels, anchors or
-            batch sizes that do not fit each other.
+        KDError: another host's config, an unknown meta-architecture, levels, anchors or batch
+            sizes that do not fit each other, or what KCD cannot do on detectors.
     """
     check_choice("HOST", cfg.HOST, ("torchvision_detection",))
     check_choice("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCHITECTURES)
@@ -76,6 +77,7 @@ def check_config(cfg: CfgNode) -> None:
             received=f"{cfg.SOLVER.MAX_ITER} and {cfg.SOLVER.IMS_PER_BATCH}",
             remedy="correct them; use --eval-only to train nothing",
         )
+    check_kcd(cfg)
 
 
 def _add_model(cfg: CfgNode) -> None:

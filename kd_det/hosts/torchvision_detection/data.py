@@ -21,8 +21,11 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Mask
 
 from kd_det.checks import fail, nearest
+from kd_det.condensation import Condensation
 from kd_det.data.coco_json import check_coco_json
+from kd_det.hosts.torchvision_detection.kcd import StageLoader
 from kd_det.hosts.torchvision_detection.models import num_classes
+from kd_det.subset import InfiniteSubsetSampler, blend_images
 
 Sample = tuple[Tensor, dict[str, Any]]
 
@@ -81,13 +84,23 @@ class CocoDataset(Dataset[Sample]):
         self.transform = v2.Compose(steps)
         size = sum(3 * i["width"] * i["height"] for i in self.images)
         self._cache: dict[int, Tensor] | None = {} if size <= _CACHE_BYTES else None
+        self._blends: tuple[Tensor, Tensor, Any] | None = None
+
+    def blend_as(self, condensation: Condensation) -> None:
+        """From now on, mix into each image the partner that a condensation gave it.
+
+        Boxes remain those of the image itself. The mixture is augmented as one image.
+        """
+        # Not the condensation itself: a loader process needs no copy of the ledger. These two are
+        # in shared memory.
+        self._blends = condensation.partners, condensation.epsilons, condensation.blend
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
-        """``[3, H, W]`` in 0..1 and a dict with ``boxes``, ``labels``, ``iscrowd``, ..."""
-        image, annotations = self._read(index), self.annotations[index]
+        """``[3, H, W]`` in 0..1 and a dict with ``boxes``, ``labels``, ``index``, ..."""
+        image, annotations = self._blended(index), self.annotations[index]
         size = (image.shape[-2], image.shape[-1])
         boxes = torch.tensor([a["box"] for a in annotations], dtype=torch.float32).view(-1, 4)
         target: dict[str, Any] = {
@@ -101,7 +114,19 @@ class CocoDataset(Dataset[Sample]):
             target["masks"] = Mask(
                 torch.stack(stack) if stack else torch.zeros(0, *size, dtype=torch.uint8)
             )
-        return self.transform(image, target)
+        image, target = self.transform(image, target)
+        return image, {**target, "index": index}
+
+    def _blended(self, index: int) -> Tensor:
+        image = self._read(index)
+        if self._blends is None:
+            return image
+        partners, epsilons, mode = self._blends
+        partner, epsilon = int(partners[index]), float(epsilons[index])
+        if partner < 0 or epsilon == 0:
+            return image
+        # Floats in 0..1 pass the transform's conversion as they are.
+        return blend_images(image / 255, self._read(partner) / 255, epsilon, mode)
 
     def _read(self, index: int) -> Tensor:
         if self._cache is not None and index in self._cache:
@@ -200,7 +225,11 @@ def check_datasets(cfg: CfgNode, training: bool = True) -> None:
         KDError: see :func:`kd_det.data.coco_json.check_coco_json`; or another number of classes
             than the model has, or masks that a Mask R-CNN lacks.
     """
-    for key in ("TRAIN", "TEST") if training else ("TEST",):
+    keys = ["TRAIN"] if training else []
+    # As in Detectron2, a run without test data is not evaluated.
+    if cfg.DATASETS.TEST or not training:
+        keys.append("TEST")
+    for key in keys:
         if len(cfg.DATASETS[key]) != 1:
             fail(
                 expected=f"DATASETS.{key} to name one data set",
@@ -225,10 +254,36 @@ def check_datasets(cfg: CfgNode, training: bool = True) -> None:
             )
 
 
+def train_dataset(cfg: CfgNode) -> CocoDataset:
+    """The training images with the config's augmentation."""
+    return CocoDataset(
+        *dataset_paths(cfg, cfg.DATASETS.TRAIN[0]),
+        masks=cfg.MODEL.META_ARCHITECTURE == "MaskRCNN",
+        training=True,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        flip=cfg.INPUT.RANDOM_FLIP == "horizontal",
+    )
+
+
 def train_loader(
-    cfg: CfgNode, seed: int, start: int = 0, rank: int = 0, world: int = 1
-) -> DataLoader[Sample]:
+    cfg: CfgNode,
+    dataset: CocoDataset,
+    seed: int,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    condensation: Condensation | None = None,
+) -> DataLoader[Sample] | StageLoader:
     """Batches of a whole run as one pass, from iteration ``start`` on.
+
+    Args:
+        cfg: a config of this host; ``SOLVER.MAX_ITER`` is the length of the run.
+        dataset: see :func:`train_dataset`.
+        seed: decides the order.
+        start: iterations that are already done.
+        rank: index of this process.
+        world: number of processes.
+        condensation: which images there are, where they shrink; it knows its own start.
 
     Raises:
         KDError: a batch that the processes cannot share evenly.
@@ -240,13 +295,10 @@ def train_loader(
             received=f"{batch} images for {world} processes",
             remedy="change one of them",
         )
-    dataset = CocoDataset(
-        *dataset_paths(cfg, cfg.DATASETS.TRAIN[0]),
-        masks=cfg.MODEL.META_ARCHITECTURE == "MaskRCNN",
-        training=True,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        flip=cfg.INPUT.RANDOM_FLIP == "horizontal",
-    )
+    if condensation is not None:
+        dataset.blend_as(condensation)
+        stream = InfiniteSubsetSampler(condensation, seed, rank, world)
+        return StageLoader(_loader(cfg, dataset, stream, batch // world, seed), condensation)
     sampler = StepSampler(len(dataset), batch, cfg.SOLVER.MAX_ITER, seed, start, rank, world)
     return _loader(cfg, dataset, sampler, batch // world, seed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,11 +11,20 @@ from fvcore.common.config import CfgNode
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from kd_det.hosts.torchvision_detection.data import evaluation_loader, train_loader
+from kd_det.checks import fail
+from kd_det.condensation import Condensation
+from kd_det.hosts.torchvision_detection.data import (
+    CocoDataset,
+    evaluation_loader,
+    train_loader,
+)
 from kd_det.hosts.torchvision_detection.evaluation import COCOMetric
+from kd_det.hosts.torchvision_detection.kcd import costs, dataset_indices
 from kd_det.hosts.torchvision_detection.model import DistilledDetector
 from kd_det.loop.optim import learning_rate_factor, parameter_groups
 from kd_det.losses.base import full_precision
+
+logger = logging.getLogger(__name__)
 
 
 class LitDetector(LightningModule):
@@ -24,17 +34,30 @@ class LitDetector(LightningModule):
         model: the detector.
         cfg: a config of this host.
         seed: decides the order of the training images.
+        dataset: the training images; None where nothing is trained.
+        condensation: KCD's state, where the training set shrinks; ``cfg`` must be planned for it
+            and ``model`` must leave values of its images.
 
     Attributes:
-        results: of the last evaluation, ``{"bbox": {"AP": ...}}`` in percent.
+        results: of the last evaluation, ``{"bbox": {"AP": ...}}`` in percent; with KCD also its
+            costs, under ``"kcd"``.
         evaluated_at: the iteration of that evaluation, or None.
     """
 
-    def __init__(self, model: nn.Module, cfg: CfgNode, seed: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        cfg: CfgNode,
+        seed: int,
+        dataset: CocoDataset | None = None,
+        condensation: Condensation | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.cfg = cfg
         self.seed = seed
+        self.dataset = dataset
+        self.condensation = condensation
         self.results: dict[str, dict[str, float]] = {}
         self.evaluated_at: int | None = None
         self._rng: Tensor | None = None
@@ -58,9 +81,12 @@ class LitDetector(LightningModule):
     # Training
 
     def train_dataloader(self) -> Any:
-        trainer = self.trainer
-        start = trainer.global_step
-        return train_loader(self.cfg, self.seed, start, trainer.global_rank, trainer.world_size)
+        assert self.dataset is not None
+        start, rank = self.trainer.global_step, self.trainer.global_rank
+        world = self.trainer.world_size
+        return train_loader(
+            self.cfg, self.dataset, self.seed, start, rank, world, self.condensation
+        )
 
     def training_step(self, batch: tuple[list[Tensor], list[dict[str, Tensor]]], _: int) -> Tensor:
         losses = self.model(*batch)
@@ -72,6 +98,11 @@ class LitDetector(LightningModule):
                 + "; lower SOLVER.BASE_LR or the weight of a term, or lengthen the warm-up"
             )
         self.log_dict({"total_loss": total.detach(), **{k: v.detach() for k, v in losses.items()}})
+        if self.condensation is not None:
+            # Within the step, so that a checkpoint of this iteration knows its values too.
+            indices = torch.tensor(dataset_indices(batch[1]))
+            self.condensation.update(indices, self.model.image_values)  # type: ignore[arg-type]
+            self.condensation.step()
         return total
 
     def configure_optimizers(self) -> Any:
@@ -88,9 +119,21 @@ class LitDetector(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["rng_state"] = torch.get_rng_state()
+        if self.condensation is not None:
+            # Saving is called on every process, though only the first writes.
+            self.condensation.ledger.merge()
+            checkpoint["kcd"] = self.condensation.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._rng = checkpoint.get("rng_state")
+        if (self.condensation is not None) != ("kcd" in checkpoint):
+            fail(
+                expected="to resume a run with KD.KCD.ENABLED as it began",
+                received=f"{self.condensation is not None} now, {'kcd' in checkpoint} then",
+                remedy="set it as in the config.yaml of OUTPUT_DIR, or start afresh",
+            )
+        if self.condensation is not None:
+            self.condensation.load_state_dict(checkpoint["kcd"])
 
     def on_fit_start(self) -> None:
         set_input_sizes(self.student, self.cfg, training=True)
@@ -106,6 +149,12 @@ class LitDetector(LightningModule):
         # A run may be shorter than the distiller's report period.
         if isinstance(self.model, DistilledDetector) and self.trainer.is_global_zero:
             self.model.distiller.report_silent()
+        if self.condensation is not None:
+            logger.info(
+                "KCD: the run took %(cost_measured).1f %% of the samples of a whole one (published "
+                "formula, whose first stage is already condensed: %(cost_formula).1f %%)",
+                costs(self.condensation),
+            )
 
     # Evaluation
 
@@ -125,6 +174,8 @@ class LitDetector(LightningModule):
     def on_validation_epoch_end(self) -> None:
         assert self._metric is not None
         self.results = self._metric.compute()
+        if self.condensation is not None:
+            self.results["kcd"] = costs(self.condensation)
         self._metric = None
         self.evaluated_at = self.global_step
         set_input_sizes(self.student, self.cfg, training=True)

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kd_det.checkpoint import name_keys_as_student
-from kd_det.checks import check_known, fail
+from kd_det.checks import fail
 from kd_det.distiller import Distiller
+from kd_det.hosts.torchvision_detection.pre_stage import TeacherCaptures
 from kd_det.hosts.torchvision_detection.taps import (
     ANCHORS,
     BOXES,
     FEATURES,
     IMAGES,
-    LOGITS,
     MASK_BOXES,
     MASK_CLASSES,
+    ROI_TAPS,
     TRANSFORMED,
-    TapTable,
     anchors_per_level,
     context_taps,
     tap_table,
@@ -30,23 +32,21 @@ from kd_det.hosts.torchvision_detection.teacher_pass import (
     select_class,
     true_classes,
 )
+from kd_det.hosts.torchvision_detection.term_checks import check_terms
+from kd_det.hosts.torchvision_detection.uncertainty import (
+    anchor_values,
+    recorded_matches,
+    roi_values,
+)
+from kd_det.losses.base import zero_in_graph
+from kd_det.prestage import pre_stage_losses
 from kd_det.registry import LOSSES
 from kd_det.taps import TapRecorder
 from kd_det.teacher import FrozenTeacher
 from kd_det.terms import Term, parse_terms
 
 CONTEXT = ("anchors", "gt_boxes")
-_TASK_LOSSES = (
-    "loss_classifier",
-    "loss_box_reg",
-    "loss_objectness",
-    "loss_rpn_box_reg",
-    "loss_mask",
-    "classification",
-    "bbox_regression",
-    "bbox_ctrness",
-)
-_SIGMOID_TAPS = ("mask_logits", "cls_logits")
+_UNCERTAIN = ("box_logits", "cls_logits")
 
 
 class DistilledDetector(nn.Module):
@@ -63,10 +63,16 @@ class DistilledDetector(nn.Module):
         teacher: another one; see :func:`~kd_det.hosts.torchvision_detection.teacher.build_teacher`.
         terms: parsed terms, or the mapping :func:`kd_det.terms.parse_terms` reads.
         report_period: see :class:`kd_det.Distiller`.
+        task_weight: multiplies the task losses in training. 1 leaves them untouched; 0 trains
+            with the terms alone: parameters that no term reaches then get a zero gradient.
+        values: in every training step, also leave in ``image_values`` how uncertain the student
+            is about each image, ``[N]`` in 0..1; see
+            :mod:`kd_det.hosts.torchvision_detection.uncertainty`.
 
     Raises:
-        KDError: no terms, an unknown tap, a term named like a task loss, class counts or anchors
-            that differ where logits are compared, or softmax KD on a sigmoid head.
+        KDError: no terms, an unknown tap, a term named like a task loss, taps whose rows do not
+            correspond, class counts or anchors that differ where logits are compared, softmax KD
+            on a sigmoid head, a clipped term, or a negative task weight.
     """
 
     def __init__(
@@ -75,6 +81,8 @@ class DistilledDetector(nn.Module):
         teacher: nn.Module | FrozenTeacher,
         terms: Sequence[Term] | Mapping[str, Mapping[str, Any]],
         report_period: int = 1000,
+        task_weight: float = 1.0,
+        values: bool = False,
     ) -> None:
         super().__init__()
         parsed = list(parse_terms(terms) if isinstance(terms, Mapping) else terms)
@@ -84,29 +92,39 @@ class DistilledDetector(nn.Module):
                 received="none",
                 remedy="add a term, or set KD.ENABLED False to train the plain student",
             )
+        if not (math.isfinite(task_weight) and task_weight >= 0):
+            fail(
+                expected="KD.TASK_WEIGHT to be a finite number of at least 0",
+                received=str(task_weight),
+                remedy="use 1 for the student's own losses as they are, 0 to train without them",
+            )
         self.student = student
         self.teacher = teacher if isinstance(teacher, FrozenTeacher) else FrozenTeacher(teacher)
         student_names = list(dict.fromkeys(s for term in parsed for s, _ in term.taps))
         teacher_names = list(dict.fromkeys(t for term in parsed for _, t in term.taps))
         student_table = tap_table(student, student_names)
         teacher_table = tap_table(self.teacher.model, teacher_names)
-        _check_terms(parsed, student, self.teacher.model, student_table, teacher_table)
+        check_terms(parsed, student, self.teacher.model, student_table, teacher_table)
         with torch.random.fork_rng(devices=[]):
             self.distiller = Distiller(
                 parsed, student_table.specs, teacher_table.specs, CONTEXT, report_period
             )
         self.distiller.to(next(student.parameters()).device)
-        _check_activations(parsed, self.distiller)
         self._levels = student_table.levels
         self._student_names = student_names
         self._needs = {need for term in parsed for need in LOSSES.get(term.loss).needs}
         self._teacher_pass = TeacherPass(self.teacher, teacher_table, teacher_names)
+        self.task_weight = task_weight
+        self.image_values: Tensor | None = None
+        # The logits whose entropy is measured; None: nothing is.
+        self._uncertain = next(n for n in _UNCERTAIN if n in student_table.taps) if values else None
         wanted = {TRANSFORMED, IMAGES}
         wanted |= {ANCHORS, FEATURES} if "anchors" in self._needs else set()
-        wanted |= {BOXES} if "box_logits" in teacher_names else set()
+        wanted |= {BOXES} if {*teacher_names, self._uncertain} & {*ROI_TAPS} else set()
         wanted |= {MASK_BOXES} if "mask_logits" in (*student_names, *teacher_names) else set()
         self._taps = {n: t for n, t in context_taps(student).items() if n in wanted}
-        self._taps |= {name: student_table.taps[name] for name in student_names}
+        names = [*student_names, *([self._uncertain] if self._uncertain else [])]
+        self._taps |= {name: student_table.taps[name] for name in names}
         name_keys_as_student(self)
 
     def forward(
@@ -126,8 +144,11 @@ class DistilledDetector(nn.Module):
             return self.student(images, targets)
         # Made anew in each forward, so that a deep copy records its own student.
         recorder = TapRecorder(self.student, self._taps)
-        with recorder.recording():
-            losses = self.student(images, targets)
+        matches: AbstractContextManager[list[Tensor]] = nullcontext([])
+        if self._uncertain == "cls_logits":
+            matches = recorded_matches(self.student)
+        with recorder.recording(), matches as matched:
+            losses = self._weighted(self.student(images, targets))
         recorded = recorder.read()
         recorder.release()
         if MASK_BOXES in recorded:
@@ -135,7 +156,39 @@ class DistilledDetector(nn.Module):
         self.teacher.follow(recorded[IMAGES])
         teacher = self._teacher_pass(self.student, images, recorded)
         student = {name: self._student_value(name, recorded) for name in self._student_names}
+        if self._uncertain:
+            self.image_values = self._values(recorded[self._uncertain], recorded, matched)
         return losses | self.distiller(student, teacher, self._context(recorded))
+
+    def teacher_captures(self, sizes: Sequence[int], max_size: int) -> TeacherCaptures:
+        """What the teacher computes for the terms that learn from it alone, beforehand.
+
+        Args:
+            sizes: shorter sides of training images.
+            max_size: their longest side.
+        """
+        losses = pre_stage_losses(self.distiller).values()
+        names = list(dict.fromkeys(tap for _, taps in losses for tap in taps))
+        table = self._teacher_pass.table
+        return TeacherCaptures(self.teacher, table, names, sizes, max_size)
+
+    def _weighted(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.task_weight == 1:
+            return losses
+        if self.task_weight == 0:
+            # One zero of all parameters: nothing is propagated through the task losses, and DDP
+            # still finds every parameter.
+            zero = zero_in_graph(p for p in self.student.parameters() if p.requires_grad)
+            return dict.fromkeys(losses, zero)
+        return {name: loss * self.task_weight for name, loss in losses.items()}
+
+    def _values(
+        self, logits: Tensor, recorded: Mapping[str, Any], matches: Sequence[Tensor]
+    ) -> Tensor:
+        if self._uncertain == "box_logits":
+            return roi_values(logits, [len(boxes) for boxes in recorded[BOXES]])
+        # As many negatives as an image may have detections.
+        return anchor_values(logits, matches, self.student.detections_per_img)  # type: ignore[arg-type]
 
     def _student_value(self, name: str, recorded: Mapping[str, Any]) -> Tensor:
         value: Tensor = recorded[name]
@@ -152,72 +205,3 @@ class DistilledDetector(nn.Module):
             anchors = anchors_per_level(self.student, recorded[ANCHORS], maps)
             context["anchors"] = dict(zip(self._levels, anchors, strict=True))
         return context
-
-
-def _check_terms(
-    terms: Sequence[Term],
-    student: nn.Module,
-    teacher: nn.Module,
-    student_table: TapTable,
-    teacher_table: TapTable,
-) -> None:
-    for term in terms:
-        if term.name in _TASK_LOSSES:
-            fail(
-                expected="a term to have a name of its own",
-                received=f"'{term.name}', the name of a task loss",
-                remedy="rename the entry in KD.TERMS",
-            )
-        if "anchors" in LOSSES.get(term.loss).needs:
-            for tap, _ in term.taps:
-                check_known(f"tap with anchors for term '{term.name}'", tap, student_table.levels)
-        for s, t in term.taps:
-            if (s in LOGITS or t in LOGITS) and s != t:
-                fail(
-                    expected=f"term '{term.name}' to compare logits with the same logits",
-                    received=f"{s} with {t}",
-                    remedy=f"write TAPS: [{s if s in LOGITS else t}]",
-                )
-            if s in LOGITS:
-                _check_logits(term.name, s, student, teacher, student_table, teacher_table)
-
-
-def _check_logits(
-    term: str,
-    tap: str,
-    student: nn.Module,
-    teacher: nn.Module,
-    student_table: TapTable,
-    teacher_table: TapTable,
-) -> None:
-    # torchvision counts the background; people count classes.
-    counts = [table.specs[tap].channels - 1 for table in (student_table, teacher_table)]
-    if counts[0] != counts[1]:
-        fail(
-            expected=f"student and teacher of term '{term}' ({tap}) to have the same classes",
-            received=f"student {counts[0]} classes, teacher {counts[1]} classes",
-            remedy="train the teacher on the student's data, or distil features only",
-        )
-    if tap == "cls_logits":
-        layouts = [
-            dict(zip(table.levels, model.anchor_generator.num_anchors_per_location(), strict=True))
-            for table, model in ((student_table, student), (teacher_table, teacher))
-        ]
-        if layouts[0] != layouts[1]:
-            fail(
-                expected=f"student and teacher of term '{term}' ({tap}) to have the same anchors",
-                received=f"anchors per cell: student {layouts[0]}, teacher {layouts[1]}",
-                remedy="use the same MODEL.FPN.LEVELS and MODEL.ANCHOR_GENERATOR on both sides",
-            )
-
-
-def _check_activations(terms: Sequence[Term], distiller: Distiller) -> None:
-    for term in terms:
-        softmax = getattr(distiller.terms[term.name], "activation", "") == "softmax"
-        for tap, _ in term.taps:
-            if softmax and tap in _SIGMOID_TAPS:
-                fail(
-                    expected=f"term '{term.name}' to treat {tap} as its head was trained, sigmoid",
-                    received="ACTIVATION softmax",
-                    remedy="set ACTIVATION: sigmoid",
-                )

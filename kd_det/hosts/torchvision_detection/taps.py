@@ -1,15 +1,19 @@
 """Tap names of the torchvision host, and what each delivers.
 
-=============  ===================================================================================
-name           tensor
-=============  ===================================================================================
-``c2..c5``     ``[N, C, H, W]`` map of the backbone's body at stride 4..32
-``p2..``       ``[N, C, H, W]`` level of the feature pyramid at stride 4..
-``box_logits`` ``[R, K + 1]`` of the R sampled RoIs, background first (Faster, Mask R-CNN)
-``mask_logits`` ``[R', M, M]`` of the R' positive RoIs, the channel of their true class (Mask R-CNN)
-``cls_logits`` ``[N * HWA, K + 1]`` of all anchors (RetinaNet, FCOS), trained with a sigmoid
-any path       ``[N, C, H, W]`` output of a module inside ``backbone``
-=============  ===================================================================================
+================  ================================================================================
+name              tensor
+================  ================================================================================
+``c2..c5``        ``[N, C, H, W]`` map of the backbone's body at stride 4..32
+``p2..``          ``[N, C, H, W]`` level of the feature pyramid at stride 4..
+``box_pooled``    ``[R, C, h, w]`` input of the box head: the R sampled RoIs (Faster, Mask R-CNN)
+``box_features``  ``[R, D]`` output of the box head, one vector per RoI
+``box_logits``    ``[R, K + 1]`` classification of the RoIs, background first
+``mask_logits``   ``[R', M, M]`` of the R' positive RoIs, for their true class (Mask R-CNN)
+``cls_logits``    ``[N * HWA, K + 1]`` of all anchors (RetinaNet, FCOS), trained with a sigmoid
+any path          ``[N, C, H, W]`` output of a module inside ``backbone``
+================  ================================================================================
+
+RoIs are those the student sampled, on both sides: the teacher's box branch runs on them too.
 """
 
 from __future__ import annotations
@@ -41,6 +45,9 @@ MASK_CLASSES = "mask_classes"  # computed from the recorded boxes, not recorded
 Detector = Any
 
 LOGITS = ("box_logits", "mask_logits", "cls_logits")
+#: One row per sampled RoI, in the order in which the box branch computes them.
+ROI_TAPS = ("box_pooled", "box_features", "box_logits")
+HEAD_TAPS = (*LOGITS, *ROI_TAPS)
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ def tap_table(model: Detector, wanted: Iterable[str] = ()) -> TapTable:
     """
     taps: dict[str, Tap] = {}
     body = "backbone.body" if hasattr(model.backbone, "body") else ""
-    logits = _logit_taps(model)
+    heads = _head_taps(model)
     extra = [w for w in wanted if w.startswith("backbone.")]
     probes: dict[str, Tap | str] = {FEATURES: Tap("backbone"), **{w: Tap(w) for w in extra}}
     if body:
@@ -94,8 +101,8 @@ def tap_table(model: Detector, wanted: Iterable[str] = ()) -> TapTable:
                 levels[name] = key
     for name in extra:
         taps[name], specs[name] = Tap(name), _map_spec(found[name], name)
-    for name, (tap, channels) in logits.items():
-        taps[name], specs[name] = tap, TapSpec(channels)
+    for name, (tap, spec) in heads.items():
+        taps[name], specs[name] = tap, spec
     for name in wanted:
         if name not in taps:
             fail(
@@ -144,20 +151,26 @@ def anchors_per_level(
     return list(anchors[0].split(counts))
 
 
-def _logit_taps(model: Detector) -> dict[str, tuple[Tap, int]]:
+def _head_taps(model: Detector) -> dict[str, tuple[Tap, TapSpec]]:
     if not hasattr(model, "roi_heads"):
         head = model.head.classification_head
-        return {"cls_logits": (Tap("head.classification_head"), head.num_classes)}
+        return {"cls_logits": (Tap("head.classification_head"), TapSpec(head.num_classes))}
     heads = model.roi_heads
-    classes = _out_features(heads.box_predictor)
-    taps = {"box_logits": (Tap("roi_heads.box_predictor", select=0), classes)}
+    score = _score_layer(heads.box_predictor)
+    pooled = TapSpec(model.backbone.out_channels, size=tuple(heads.box_roi_pool.output_size))
+    classes = TapSpec(score.out_features)
+    taps = {
+        "box_pooled": (Tap("roi_heads.box_roi_pool"), pooled),
+        "box_features": (Tap("roi_heads.box_head"), TapSpec(score.in_features)),
+        "box_logits": (Tap("roi_heads.box_predictor", select=0), classes),
+    }
     if heads.has_mask():
         # Its classes, so that a class count that differs shows; the tensor has one channel.
         taps["mask_logits"] = (Tap("roi_heads.mask_predictor"), classes)
     return taps
 
 
-def _out_features(predictor: nn.Module) -> int:
+def _score_layer(predictor: nn.Module) -> nn.Linear:
     score = getattr(predictor, "cls_score", None)
     if not isinstance(score, nn.Linear):
         fail(
@@ -165,7 +178,7 @@ def _out_features(predictor: nn.Module) -> int:
             received=type(predictor).__name__,
             remedy="give its classification layer the name cls_score",
         )
-    return score.out_features
+    return score
 
 
 @torch.no_grad()

@@ -19,10 +19,11 @@ from torch.nn import functional as F
 from kd_det.adaptors import crop_to
 from kd_det.hosts.torchvision_detection.taps import (
     BOXES,
+    HEAD_TAPS,
     IMAGES,
-    LOGITS,
     MASK_BOXES,
     MASK_CLASSES,
+    ROI_TAPS,
     TRANSFORMED,
     Detector,
     TapTable,
@@ -62,7 +63,7 @@ class TeacherPass:
             return {}
         with self.teacher.inference() as model:
             x = teacher_input(model, student, images, recorded)
-            maps = [name for name in self.wanted if name not in LOGITS]
+            maps = [name for name in self.wanted if name not in HEAD_TAPS]
             recorder = TapRecorder(model, {name: self.table.taps[name] for name in maps})
             with recorder.recording():
                 features = model.backbone(x)
@@ -72,20 +73,19 @@ class TeacherPass:
                 for name, value in recorder.read().items()
             }
             recorder.release()
-            values |= self._logits(model, features, x, recorded)
+            values |= self._heads(model, features, x, recorded)
         return values
 
-    def _logits(
+    def _heads(
         self, model: Detector, features: dict[str, Tensor], x: Tensor, recorded: Mapping[str, Any]
     ) -> dict[str, Tensor]:
-        values = {}
+        values: dict[str, Tensor] = {}
         # The pooler reads off the scale of its levels from these sizes: those of the padded
         # batch are exact where the teacher pads more than the student.
         sizes = [(x.shape[-2], x.shape[-1])] * len(x)
-        if "box_logits" in self.wanted:
-            heads = model.roi_heads
-            pooled = heads.box_roi_pool(features, recorded[BOXES], sizes)
-            values["box_logits"] = heads.box_predictor(heads.box_head(pooled))[0]
+        if any(name in ROI_TAPS for name in self.wanted):
+            pooled = model.roi_heads.box_roi_pool(features, recorded[BOXES], sizes)
+            values |= self._box_branch(model.roi_heads, pooled)
         if "mask_logits" in self.wanted:
             heads = model.roi_heads
             pooled = heads.mask_roi_pool(features, recorded[MASK_BOXES], sizes)
@@ -99,6 +99,15 @@ class TeacherPass:
             ]
             values["cls_logits"] = model.head.classification_head(levels).flatten(0, 1)
         return values
+
+    def _box_branch(self, heads: Detector, pooled: Tensor) -> dict[str, Tensor]:
+        """The branch once, and only as far as the wanted taps need it."""
+        values = {"box_pooled": pooled}
+        if "box_features" in self.wanted or "box_logits" in self.wanted:
+            values["box_features"] = heads.box_head(pooled)
+        if "box_logits" in self.wanted:
+            values["box_logits"] = heads.box_predictor(values["box_features"])[0]
+        return {name: value for name, value in values.items() if name in self.wanted}
 
 
 def teacher_input(

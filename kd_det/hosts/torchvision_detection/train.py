@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,17 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 
-from kd_det.checkpoint import load_student
+from kd_det.checkpoint import load_distiller, load_student
 from kd_det.checks import fail
 from kd_det.config import read_terms
 from kd_det.hosts.torchvision_detection.config import check_config, load_config
-from kd_det.hosts.torchvision_detection.data import check_datasets
+from kd_det.hosts.torchvision_detection.data import (
+    CocoDataset,
+    check_datasets,
+    train_dataset,
+    train_loader,
+)
+from kd_det.hosts.torchvision_detection.kcd import build_condensation, planned_config
 from kd_det.hosts.torchvision_detection.lit import LitDetector
 from kd_det.hosts.torchvision_detection.model import DistilledDetector
 from kd_det.hosts.torchvision_detection.models import build_model
@@ -34,7 +41,9 @@ from kd_det.loop.hardware import (
     precision,
     quiet,
 )
-from kd_det.runs import check_output_dir
+from kd_det.loop.pre_stage import load_given_pre_stage, prepare_pre_stage
+from kd_det.runs import check_output_dir, evaluated_weights
+from kd_det.stages import check_single_run
 
 logger = logging.getLogger(__name__)
 
@@ -79,50 +88,61 @@ def run(
 
     ``model_final.pth`` holds the student's keys and the adaptors under ``distiller.*``,
     ``last.ckpt`` what a resumed run needs, ``metrics.json``, ``csv`` and ``tensorboard`` the
-    curves, ``results.json`` what is returned.
+    curves, ``results.json`` what is returned. Without ``DATASETS.TEST`` nothing is evaluated.
 
     Args:
         cfg: a config of this host.
         resume: go on from ``last.ckpt`` in ``OUTPUT_DIR`` if it is there.
         eval_only: evaluate ``MODEL.WEIGHTS``, or else what ``OUTPUT_DIR`` holds.
-        progress: called instead of a progress bar; see :class:`ReportProgress`.
+        progress: called instead of a progress bar with ``"train"``, ``"evaluate"`` or, for losses
+            that learn from the teacher first, ``"pre-stage"``; see :class:`ReportProgress`.
         callbacks: further Lightning callbacks.
         num_gpus: processes on this machine where ``MODEL.DEVICE`` is ``cuda``.
         num_machines: machines of the run.
 
     Returns:
-        ``{"bbox": {"AP": ..., "AP50": ...}, "segm": {...}}`` in percent.
+        ``{"bbox": {"AP": ..., "AP50": ...}, "segm": {...}}`` in percent, and with KCD its
+        ``"kcd"`` costs.
 
     Raises:
         KDError: anything that would fail later, before training and before anything is written.
     """
     check_config(cfg)
+    check_single_run(cfg)
     hardware = hardware_arguments(cfg, num_gpus, num_machines)
     output = Path(cfg.OUTPUT_DIR)
     if not eval_only:
         check_output_dir(cfg.OUTPUT_DIR, resume)
-    weights = _evaluated_weights(cfg, output) if eval_only else cfg.MODEL.WEIGHTS
+    weights = cfg.MODEL.WEIGHTS
+    if eval_only:
+        weights = evaluated_weights(weights, output, (FINAL, CHECKPOINT))
     check_datasets(cfg, training=not eval_only)
     seed = cfg.SEED if cfg.SEED >= 0 else common_seed()
     quiet()
     pl.seed_everything(seed, verbose=False)
-    model = build_training_model(cfg, str(weights), distilled=not eval_only)
-    lit = LitDetector(model, cfg, seed)
+    model = build_training_model(cfg, weights, distilled=not eval_only)
+    dataset = None if eval_only else train_dataset(cfg)
+    condensation = build_condensation(cfg, len(dataset)) if dataset is not None else None
+    planned = cfg if condensation is None else planned_config(cfg, condensation)
+    lit = LitDetector(model, planned, seed, dataset, condensation)
     bar = [ReportProgress(progress)] if progress else [StepProgressBar(refresh_rate=5)]
-    trainer = _trainer(cfg, hardware, output, [*bar, *callbacks], eval_only)
-    # Whatever building drew must not show in training, and every process needs its own stream.
-    pl.seed_everything(seed + trainer.global_rank, verbose=False)
-    if not eval_only:
+    trainer = _trainer(planned, hardware, output, [*bar, *callbacks], eval_only)
+    if dataset is not None:
         if trainer.is_global_zero:
             output.mkdir(parents=True, exist_ok=True)
             (output / CONFIG).write_text(cfg.dump())
         checkpoint = output / CHECKPOINT
         resumed = resume and checkpoint.is_file()
+        if isinstance(model, DistilledDetector) and not resumed:
+            _pre_stage(cfg, model, dataset, hardware, seed, progress, resume)
+        # Whatever was drawn so far must not show in training, and every process needs its own
+        # stream.
+        pl.seed_everything(seed + trainer.global_rank, verbose=False)
         trainer.fit(lit, ckpt_path=str(checkpoint) if resumed else None)
         trainer.save_checkpoint(checkpoint)
         if trainer.is_global_zero:
             torch.save({"model": model.state_dict()}, output / FINAL)
-    if eval_only or lit.evaluated_at != cfg.SOLVER.MAX_ITER:
+    if cfg.DATASETS.TEST and lit.evaluated_at != planned.SOLVER.MAX_ITER:
         trainer.validate(lit, verbose=False)
     if trainer.is_global_zero and not eval_only:
         (output / "results.json").write_text(json.dumps(lit.results, indent=2) + "\n")
@@ -148,19 +168,51 @@ def build_training_model(cfg: CfgNode, weights: str = "", distilled: bool = True
             received="none",
             remedy="add a term, or set KD.ENABLED False to train the plain student",
         )
-    return DistilledDetector(student, build_teacher(cfg), read_terms(cfg), cfg.KD.REPORT_PERIOD)
+    model = DistilledDetector(
+        student,
+        build_teacher(cfg),
+        read_terms(cfg),
+        cfg.KD.REPORT_PERIOD,
+        task_weight=cfg.KD.TASK_WEIGHT,
+        values=cfg.KD.KCD.ENABLED,
+    )
+    if cfg.KD.WEIGHTS:
+        load_distiller(model.distiller, cfg.KD.WEIGHTS)
+    load_given_pre_stage(model.distiller, model.teacher, cfg)
+    return model
 
 
-def _evaluated_weights(cfg: CfgNode, output: Path) -> str:
-    candidates = [output / FINAL, output / CHECKPOINT]
-    found = [str(path) for path in candidates if path.is_file()]
-    if not cfg.MODEL.WEIGHTS and not found:
-        fail(
-            expected="weights to evaluate",
-            received=f"no MODEL.WEIGHTS, and nothing in OUTPUT_DIR {output}",
-            remedy="add MODEL.WEIGHTS path/to/model_final.pth",
-        )
-    return cfg.MODEL.WEIGHTS or found[0]
+def _pre_stage(
+    cfg: CfgNode,
+    model: DistilledDetector,
+    dataset: CocoDataset,
+    hardware: dict[str, Any],
+    seed: int,
+    progress: Progress | None,
+    resume: bool,
+) -> None:
+    def loader(iterations: int, start: int, rank: int, world: int) -> Any:
+        whole = cfg.clone()
+        whole.defrost()
+        whole.SOLVER.MAX_ITER = iterations
+        return train_loader(whole, dataset, seed, start, rank, world)
+
+    def report(_: str, done: int, total: int) -> None:
+        assert progress is not None
+        progress("pre-stage", done, total)
+
+    prepare_pre_stage(
+        model.distiller,
+        model.teacher,
+        cfg,
+        model.teacher_captures(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN),
+        loader,
+        math.ceil(len(dataset) / cfg.SOLVER.IMS_PER_BATCH),
+        hardware,
+        seed,
+        [ReportProgress(report)] if progress else [StepProgressBar(refresh_rate=5)],
+        resume,
+    )
 
 
 def _trainer(
@@ -201,7 +253,7 @@ def _trainer(
         enable_model_summary=False,
         log_every_n_steps=min(_LOG_PERIOD, solver.MAX_ITER),
         num_sanity_val_steps=0,
-        limit_val_batches=None if every or eval_only else 1.0,
+        limit_val_batches=1.0 if cfg.DATASETS.TEST else 0,
         val_check_interval=period if every else None,
         gradient_clip_val=clip.CLIP_VALUE if clip.ENABLED else None,
         gradient_clip_algorithm=clip.CLIP_TYPE if clip.ENABLED else None,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
+from lightning.pytorch import Callback
 from torch import nn
 
 from kd_det.hosts.torchvision_detection.config import get_cfg
@@ -16,6 +17,17 @@ from kd_det.hosts.torchvision_detection.models import build_model
 BASE = Path("configs/digits_torchvision/base_frcnn.yaml")
 ARCHITECTURES = ("FasterRCNN", "MaskRCNN", "RetinaNet", "FCOS")
 LEVELS = ["p2", "p3", "p4"]
+
+
+class Stop(Callback):
+    """Fail like a machine that is switched off, after some iterations."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_train_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_step == self.after:
+            raise ConnectionError("switched off")
 
 
 def tiny_cfg(name: str, opts: list[Any] | None = None) -> CfgNode:
@@ -63,9 +75,13 @@ def all_terms(name: str, weight: float = 1.0) -> dict[str, Any]:
         "review": {"LOSS": "ReviewKD", "TAPS": LEVELS, "MID_CHANNELS": 8},
         "imitation": {"LOSS": "FGFI", "TAPS": LEVELS, "ASSIGN": "anchor"},
         "module": {"LOSS": "FitNet", "TAPS": ["backbone.body.layer2"]},
+        "attention": {"LOSS": "AT", "TAPS": LEVELS},
+        "flow": {"LOSS": "FSP", "TAPS": LEVELS, "PAIRS": "chain", "ADAPT": True},
     }
     if "RCNN" in name:
         terms["logits"] = {"LOSS": "KD", "TAPS": ["box_logits"]}
+        terms["pooled"] = {"LOSS": "FitNet", "TAPS": ["box_pooled"]}
+        terms["relations"] = {"LOSS": "IRG", "TAPS": ["box_logits", "box_features"]}
     else:
         terms["logits"] = {
             "LOSS": "KD",
@@ -88,10 +104,12 @@ def student_model(name: str, opts: list[Any] | None = None) -> nn.Module:
     return build_model(tiny_cfg(name, opts))
 
 
-def distilled(name: str, weight: float = 1.0, terms: Any = None) -> DistilledDetector:
+def distilled(
+    name: str, weight: float = 1.0, terms: Any = None, **arguments: Any
+) -> DistilledDetector:
     """A student under its teacher, built from the same seed as :func:`student_model`."""
-    teacher = teacher_model(name)
-    return DistilledDetector(student_model(name), teacher, terms or all_terms(name, weight))
+    terms = terms or all_terms(name, weight)
+    return DistilledDetector(student_model(name), teacher_model(name), terms, **arguments)
 
 
 def batch(seed: int = 0, empty: bool = False) -> tuple[list[Any], list[dict[str, Any]]]:

@@ -68,12 +68,40 @@ def refused(expected, build):
             ["mask_logits", "sigmoid"],
         ),
         ("RetinaNet", "FCOS", {"x": DENSE}, ["same anchors"]),
+        (
+            "FasterRCNN",
+            "FasterRCNN",
+            {"x": {"LOSS": "IRG", "TAPS": [["box_features", "p3"]], "VERTICES": False}},
+            ["RoIs", "images", "p3"],
+        ),
+        (
+            "FasterRCNN",
+            "FasterRCNN",
+            {"x": {"LOSS": "MHGD", "TAPS": ["p4", "box_features"]}},
+            ["p4: images", "box_features: RoIs"],
+        ),
+        (
+            "FasterRCNN",
+            "FasterRCNN",
+            {"x": {"LOSS": "MHGD", "TAPS": ["p3", "p4"], "CLIP": "task_norm"}},
+            ["task_norm", "REDUCTION: mean", "WEIGHT"],
+        ),
     ],
 )
 def test_terms_that_cannot_work_are_refused(student, teacher, terms, expected):
     refused(
         expected,
         lambda: DistilledDetector(student_model(student), teacher_model(teacher), terms),
+    )
+
+
+def test_a_negative_task_weight_is_refused():
+    terms = {"x": {"LOSS": "ReviewKD", "TAPS": LEVELS}}
+    refused(
+        ["TASK_WEIGHT", "-1"],
+        lambda: DistilledDetector(
+            student_model("FasterRCNN"), teacher_model("FasterRCNN"), terms, task_weight=-1.0
+        ),
     )
 
 
@@ -170,13 +198,20 @@ def test_a_teacher_saved_by_a_distilled_run_loads_without_its_adaptors(tmp_path)
         (["INPUT.RANDOM_FLIP", "vertical"], ["'vertical'"]),
         (["SOLVER.MAX_ITER", "0"], ["MAX_ITER"]),
         (["MODEL.META_ARCHITECTURE", "FCOS", "MODEL.FPN.OUT_CHANNELS", "24"], ["multiple of 32"]),
+        (["KD.KCD.MIN_PER_CLASS", "3"], ["MIN_PER_CLASS", "many classes"]),
+        (["KD.KCD.EPSILON", "0.5"], ["EPSILON", "0.3", "0.5"]),
     ],
 )
 def test_configs_that_cannot_work_are_refused(opts, expected):
     refused(
         expected,
-        lambda: build_model(load_config("configs/digits_torchvision/baseline_frcnn.yaml", opts)),
+        lambda: build_model(load_config("configs/digits_torchvision/kcd_frcnn.yaml", opts)),
     )
+
+
+def test_a_config_of_several_runs_is_refused_by_a_single_one():
+    cfg = load_config("configs/digits_torchvision/fsp_frcnn.yaml")
+    refused(["2 STAGES", "tools/train_net.py"], lambda: run(cfg))
 
 
 def test_a_config_of_another_host_is_refused():
@@ -271,7 +306,7 @@ def test_evaluating_nothing_is_refused(tmp_path):
 def test_all_configs_read_and_describe_the_same_student():
     students = {}
     files = sorted(Path("configs/digits_torchvision").glob("*.yaml"))
-    assert len(files) == 16
+    assert len(files) == 21
     for file in files:
         cfg = load_config(str(file))
         method, _, arch = file.stem.rpartition("_")
@@ -281,5 +316,6 @@ def test_all_configs_read_and_describe_the_same_student():
         assert output == f"outputs/digits_torchvision/{file.stem}"
         assert enabled == (method != "baseline")
         plain = yaml.safe_load(re.sub(r"\nOUTPUT_DIR.*", "", cfg.dump()))
-        plain.pop("KD")
+        for key in ("KD", "STAGES"):
+            plain.pop(key)
         assert students.setdefault(arch, plain) == plain, file

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from kd_det.checkpoint import strip_distiller
 from kd_det.hosts.torchvision_detection import teacher_pass
 from kd_det.hosts.torchvision_detection.model import DistilledDetector
+from kd_det.hosts.torchvision_detection.taps import tap_table
 from tests.hosts.torchvision_detection.models import (
     ARCHITECTURES,
     all_terms,
@@ -46,7 +47,7 @@ def trained(model):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_zero_weights_are_bit_identical_to_the_stock_model(name):
     theirs, their_weights = trained(student_model(name))
-    ours, our_weights = trained(distilled(name, weight=0.0))
+    ours, our_weights = trained(distilled(name, weight=0.0, values=True))
     terms = set(all_terms(name))
     for (stock_losses, stock_gradients), (losses, gradients) in zip(theirs, ours, strict=True):
         assert losses.keys() == stock_losses.keys() | terms
@@ -141,9 +142,12 @@ def test_teacher_logits_are_those_of_the_stock_teacher_on_the_students_boxes(nam
     heads = stock.roi_heads
     with torch.no_grad():
         pooled = heads.box_roi_pool(features, recorded["boxes"], sizes)
-        logits = heads.box_predictor(heads.box_head(pooled))[0]
+        vectors = heads.box_head(pooled)
+        logits = heads.box_predictor(vectors)[0]
     assert len(logits) == sum(map(len, recorded["boxes"])) > 10
-    torch.testing.assert_close(seen["teacher"]["box_logits"], logits, rtol=0, atol=1e-5)
+    for tap, value in (("pooled", pooled), ("features", vectors), ("logits", logits)):
+        found = seen["teacher"][f"box_{tap}"]
+        torch.testing.assert_close(found, value, rtol=0, atol=1e-5)
     if name == "MaskRCNN":
         boxes = recorded["mask_boxes"]
         with torch.no_grad():
@@ -156,6 +160,97 @@ def test_teacher_logits_are_those_of_the_stock_teacher_on_the_students_boxes(nam
                 labels.append(int(target["labels"][overlaps.index(max(overlaps))]))
         expected = torch.stack([m[label] for m, label in zip(masks, labels, strict=True)])
         torch.testing.assert_close(seen["teacher"]["mask_logits"], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["FasterRCNN", "MaskRCNN"])
+def test_box_taps_are_the_stock_students_modules_on_its_own_boxes(name, seen):
+    images, targets = batch()
+    model = distilled(name)
+    model(images, targets)
+    recorded = seen["recorded"]
+    stock = student_model(name).train()
+    heads, sizes = stock.roi_heads, recorded["transformed"][0].image_sizes
+    pooled = heads.box_roi_pool(stock.backbone(recorded["images"]), recorded["boxes"], sizes)
+    vectors = heads.box_head(pooled)
+    logits = heads.box_predictor(vectors)[0]
+    specs = tap_table(stock).specs
+    for tap, value in (("pooled", pooled), ("features", vectors), ("logits", logits)):
+        found = recorded[f"box_{tap}"]
+        assert found.requires_grad
+        assert found.shape[1] == specs[f"box_{tap}"].channels
+        torch.testing.assert_close(found, value, rtol=0, atol=1e-5)
+    assert specs["box_pooled"].size == tuple(pooled.shape[2:])
+
+
+def test_without_rois_every_box_term_is_zero_in_the_graph(seen):
+    terms = {
+        "pooled": {"LOSS": "FitNet", "TAPS": ["box_pooled"]},
+        "relations": {"LOSS": "IRG", "TAPS": ["box_logits", "box_features"]},
+        "logits": {"LOSS": "KD", "TAPS": ["box_logits"]},
+        "graph": {"LOSS": "MHGD", "TAPS": ["box_pooled", "box_features"]},
+    }
+    model = distilled("FasterRCNN", terms=terms)
+    model.distiller.terms["graph"].finish_pre_stage()
+    images, targets = batch()
+    model(images, targets)
+    recorded = dict(seen["recorded"])
+    recorded["boxes"] = [boxes[:0] for boxes in recorded["boxes"]]
+    student = {tap: recorded[tap][:0] for tap in ("box_pooled", "box_features", "box_logits")}
+    teacher = model._teacher_pass(model.student, images, recorded)
+    assert {tap: len(value) for tap, value in teacher.items()} == dict.fromkeys(student, 0)
+    losses = model.distiller(student, teacher)
+    assert all(loss == 0 for loss in losses.values())
+    model.zero_grad()
+    sum(losses.values()).backward()
+    assert not [
+        k for k, p in model.distiller.named_parameters() if p.requires_grad and p.grad is None
+    ]
+    assert all(p.grad is not None for p in model.student.roi_heads.box_head.parameters())
+
+
+def test_the_teachers_branch_runs_only_as_far_as_terms_need():
+    model = distilled("FasterRCNN", terms={"x": {"LOSS": "FitNet", "TAPS": ["box_pooled"]}})
+    ran = []
+    for part in ("box_roi_pool", "box_head", "box_predictor"):
+        module = model.teacher.model.roi_heads.get_submodule(part)
+        module.register_forward_hook(lambda *_, part=part: ran.append(part))
+    model(*batch())
+    assert ran == ["box_roi_pool"]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_without_task_losses_the_terms_alone_give_the_gradient(name):
+    def gradients(**arguments):
+        model = distilled(name, **arguments)
+        torch.manual_seed(1)
+        losses = model(*batch())
+        return model, losses
+
+    model, losses = gradients(task_weight=0.0)
+    terms = all_terms(name)
+    task = losses.keys() - terms
+    assert task
+    assert all(losses[key] == 0 for key in task)
+    sum(losses.values()).backward()
+    assert not [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    head = "rpn.head" if "RCNN" in name else "head.regression_head"
+    assert all((p.grad == 0).all() for p in model.student.get_submodule(head).parameters())
+
+    other, whole = gradients()
+    sum(whole[key] for key in terms).backward()
+    for (key, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        expected = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
+        assert torch.equal(ours.grad, expected), key
+
+
+def test_a_task_weight_multiplies_the_task_losses_only():
+    losses = []
+    for weight in (1.0, 0.25):
+        torch.manual_seed(1)
+        losses.append(distilled("FasterRCNN", task_weight=weight)(*batch()))
+    terms = all_terms("FasterRCNN")
+    for key, value in losses[0].items():
+        assert torch.equal(losses[1][key], value if key in terms else value * 0.25), key
 
 
 def iou(a, b):

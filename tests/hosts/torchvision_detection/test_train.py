@@ -10,48 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 
 from kd_det.checkpoint import read_weights, strip_distiller
-from kd_det.data.digits import DigitsSpec, write_digits
 from kd_det.hosts.torchvision_detection import lit
 from kd_det.hosts.torchvision_detection.config import load_config
 from kd_det.hosts.torchvision_detection.data import CocoDataset, StepSampler, collate
 from kd_det.hosts.torchvision_detection.models import build_model
-from kd_det.hosts.torchvision_detection.train import run
-from tests.hosts.torchvision_detection.models import all_terms, student_model, tiny_cfg
-
-SMALL = ["MODEL.BACKBONE.WIDTH", "4", "MODEL.FPN.OUT_CHANNELS", "8", "SOLVER.IMS_PER_BATCH", "2"]
-SMALL += ["SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.AMP.ENABLED", "False"]
-SMALL += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    root = tmp_path_factory.mktemp("digits") / "digits"
-    return write_digits(root, DigitsSpec(canvas=96, train_images=6, val_images=3))
-
-
-@pytest.fixture
-def options(digits, tmp_path):
-    """Overrides for a run of 4 iterations on the small data set."""
-    names = {"digits_train": "small_train", "digits_val": "small_val"}
-    options = [*SMALL, "SOLVER.MAX_ITER", "4", "OUTPUT_DIR", str(tmp_path / "run")]
-    options += ["DATASETS.TRAIN", "('small_train',)", "DATASETS.TEST", "('small_val',)"]
-    for name, (json_file, images) in digits.items():
-        options += [f"DATASETS.COCO_JSON.{names[name]}", repr([str(json_file), str(images)])]
-    return options
-
-
-class Stop(Callback):
-    """Fail like a machine that is switched off, after some iterations."""
-
-    def __init__(self, after):
-        self.after = after
-
-    def on_train_batch_end(self, trainer, *args, **kwargs):
-        if trainer.global_step == self.after:
-            raise ConnectionError("switched off")
+from kd_det.hosts.torchvision_detection.train import build_training_model, run
+from tests.hosts.torchvision_detection.models import Stop, all_terms, student_model, tiny_cfg
 
 
 def config(options, name="kd_mrcnn", teacher=True):
@@ -82,6 +48,11 @@ def test_a_run_resumes_to_the_same_weights_and_evaluates_to_the_same_ap(options,
     assert any(k.startswith("distiller.terms.hint.") for k in whole)
     build_model(config(options)).load_state_dict(strip_distiller(whole), strict=True)
     assert read_weights(out / "last.ckpt").keys() == strip_distiller(whole).keys()
+    # What its adaptors learned can be where those of the next run begin.
+    carried = config([*options, "KD.WEIGHTS", str(out / "model_final.pth")])
+    start = build_training_model(carried).distiller.state_dict()
+    assert start.pop("step") == 0
+    assert all(torch.equal(v, whole[f"distiller.{k}"]) for k, v in start.items())
 
     # Switched off after two iterations and started again, it ends in the same weights.
     again = [*options, "OUTPUT_DIR", str(tmp_path / "again")]
@@ -128,19 +99,33 @@ def test_two_processes_end_with_equal_weights(options, tmp_path):
         "from tests.hosts.torchvision_detection.test_train import config\n"
         "class Save(Callback):\n"
         "    def on_train_end(self, trainer, module):\n"
-        "        torch.save(module.state_dict(), f'{sys.argv[1]}/{trainer.global_rank}.pth')\n"
+        "        state = module.state_dict(), module.condensation.state_dict()\n"
+        "        torch.save(state, f'{sys.argv[1]}/{trainer.global_rank}.pth')\n"
         "r = run(config(sys.argv[2:]), callbacks=[Save()], progress=lambda *_: None)\n"
         "open(f\"{sys.argv[1]}/{os.environ['RANK']}.txt\", 'w').write(str(r))\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "2", str(script), str(tmp_path), *options]
+    command += ["KD.KCD.ENABLED", "True", "KD.KCD.PERIOD", "2", "KD.PRE_STAGE.MAX_ITER", "2"]
+    graph = {"LOSS": "MHGD", "TAPS": ["box_pooled", "box_features"], "GATHER": True}
+    command += ["KD.TERMS.graph", repr({**graph, "REDUCTION": "mean", "MAX_NODES": 16})]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1))
-    own = {k for k in first if "running_" not in k and "num_batches" not in k}
-    assert any(k.startswith("distiller.") for k in own)
+    loaded = (torch.load(tmp_path / f"{rank}.pth", weights_only=False) for rank in (0, 1))
+    (first, kcd), (second, other) = loaded
+    network = {k for k in first if k.startswith("distiller.terms.graph.network.")}
+    own = network | {k for k in first if "running_" not in k and "num_batches" not in k}
+    assert any(k.startswith("distiller.terms.hint.") for k in own)
+    assert network
+    assert first["distiller.terms.graph.ready"]
     assert all(torch.equal(first[k], second[k]) for k in own)
+    # Every process counts the images of both, and all select the same ones.
+    assert int(kcd["ledger"]["count"].sum()) == 2 * sum(kcd["lengths"])
+    assert kcd["stage"] == 1
+    for key in ("active", "partners", "epsilons"):
+        assert torch.equal(kcd[key], other[key])
+    assert (tmp_path / "run" / "pre_stage.pth").is_file()
     assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text()
 
 

@@ -1,0 +1,76 @@
+"""What the teacher computes in a pre-stage, where there is no student to sample boxes.
+
+Nodes are images for taps of the backbone and RoIs for taps of the box branch. RoIs must be like
+those of the later training, because the network keeps their statistics: the teacher's own
+proposals, joined by the ground truth and sampled by torchvision's own rule, are. Jittered ground
+truth alone would lack the background, which is half or more of what a student samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from kd_det.hosts.torchvision_detection.taps import HEAD_TAPS, Detector, TapTable
+from kd_det.taps import TapRecorder
+from kd_det.teacher import FrozenTeacher
+
+
+class TeacherCaptures:
+    """Batch to teacher tensors by tap name: the stock teacher, recorded, without a student.
+
+    Args:
+        teacher: a frozen stock torchvision detector.
+        table: its taps.
+        wanted: the tap names to record.
+        sizes: shorter sides of the run's training images; one is drawn for each.
+        max_size: longest side.
+    """
+
+    def __init__(
+        self,
+        teacher: FrozenTeacher,
+        table: TapTable,
+        wanted: Sequence[str],
+        sizes: Sequence[int],
+        max_size: int,
+    ) -> None:
+        self.teacher = teacher
+        self.sizes, self.max_size = tuple(sizes), max_size
+        self._through_heads = any(name in HEAD_TAPS for name in wanted)
+        self._recorder = TapRecorder(teacher, {name: table.taps[name] for name in wanted})
+
+    def __call__(self, batch: tuple[Sequence[Tensor], Sequence[dict[str, Any]]]) -> dict[str, Any]:
+        """Teacher tensors by tap name.
+
+        Args:
+            batch: images ``[3, H, W]`` in 0..1 and their targets.
+        """
+        images, targets = batch
+        self.teacher.follow(images[0])
+        with self.teacher.inference() as model, _as_in_training(model):
+            model.transform.min_size, model.transform.max_size = self.sizes, self.max_size
+            with self._recorder.recording():
+                if self._through_heads:
+                    model(list(images), list(targets))
+                else:
+                    model.backbone(model.transform(list(images))[0].tensors)
+            recorded = self._recorder.read()
+            self._recorder.release()
+        return recorded
+
+
+@contextmanager
+def _as_in_training(model: Detector) -> Iterator[None]:
+    """Draw image sizes and sample boxes as training does; every layer stays in eval mode."""
+    parts = [model.transform, *([model.roi_heads] if hasattr(model, "roi_heads") else [])]
+    try:
+        for part in parts:
+            part.training = True
+        yield
+    finally:
+        for part in parts:
+            part.training = False
