@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils import comm
 
@@ -71,6 +72,17 @@ def prepare_datasets(cfg: CfgNode, names: Iterable[str]) -> None:
             if getattr(meta, "evaluator_type", None) == "coco":
                 _check_coco(name, meta.json_file, meta.image_root)
     comm.synchronize()
+
+
+def training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
+    """The images of ``DATASETS.TRAIN`` as Detectron2's own loader would take them."""
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+    return get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
 
 
 def _check_coco(name: str, json_file: str, image_root: str) -> None:

@@ -59,7 +59,8 @@ def stock_config(cfg: CfgNode) -> CfgNode:
             del stock.MODEL["MOBILENETV2"]
         if "basic_resnet" not in stock.MODEL.BACKBONE.NAME:
             del stock.MODEL["BASIC_RESNET"]
-    del stock["HOST"]
+    for key in ("HOST", "STAGES", "SEEDS"):
+        del stock[key]
     del stock.DATASETS["COCO_JSON"]
     stock.freeze()
     return stock

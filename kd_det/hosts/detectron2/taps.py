@@ -6,6 +6,9 @@ Names are the same for student and teacher whatever the backbone calls its stage
 * ``c2, c3, ...``: bottom-up stages by stride; ``c3`` is the stage of stride 8 (``res3``, ``m3``);
 * ``box_logits``: classification logits of the student's sampled boxes, ``[R, K + 1]``; for a
   cascade one per stage;
+* ``box_pooled``: what enters the box head for these boxes, ``[R, C, h, w]``, and ``box_features``:
+  what leaves it, ``[R, D]``. For a cascade those of the first stage, whose boxes are the sampled
+  proposals as in any other R-CNN, so that all relations are between the same boxes;
 * ``mask_logits``: mask logits of the sampled foreground boxes, for their own class, ``[R, M, M]``;
 * ``cls_logits``: logits of a dense head, one row per anchor of the batch, ``[N * sum(HWA), K]``;
 * any module path inside ``backbone``.
@@ -28,6 +31,9 @@ Specs = dict[str, TapSpec | list[TapSpec]]
 
 # A stock meta-architecture. As nn.Module its attributes would all be "Tensor | Module".
 StockModel = Any
+
+#: Taps that the teacher answers for the student's boxes.
+BOX_TAPS = ("box_pooled", "box_features", "box_logits")
 
 _PROBE_SIZE = 256  # pixels; enough for one cell at stride 128 after padding
 
@@ -66,15 +72,22 @@ def feature_taps(model: StockModel, wanted: Collection[str]) -> tuple[dict[str, 
 
 
 def head_specs(model: StockModel) -> Specs:
-    """Specs of the logits the model's heads produce. Channels are what classes are compared by."""
+    """Specs of what the model's heads produce. Channels are what classes are compared by."""
     specs = Specs()
     if isinstance(model, DenseDetector):
         specs["cls_logits"] = TapSpec(model.num_classes)
         return specs
     roi_heads = getattr(model, "roi_heads", None)
-    if hasattr(roi_heads, "box_predictor"):
-        stages = [TapSpec(p.num_classes + 1) for _, p in box_branches(model)]
+    if hasattr(roi_heads, "box_head"):
+        branches = box_branches(model)
+        stages = [TapSpec(p.num_classes + 1) for _, p in branches]
         specs["box_logits"] = stages if len(stages) > 1 else stages[0]
+        level = model.backbone.output_shape()[roi_heads.box_in_features[0]]
+        specs["box_pooled"] = TapSpec(level.channels, size=roi_heads.box_pooler.output_size)
+        out = branches[0][0].output_shape
+        # A head without fully connected layers delivers maps.
+        size = (out.height, out.width) if out.height else None
+        specs["box_features"] = TapSpec(out.channels, size=size)
     if getattr(roi_heads, "mask_on", False) and roi_heads.mask_pooler is not None:
         side = roi_heads.mask_pooler.output_size[0]
         specs["mask_logits"] = TapSpec(roi_heads.num_classes, size=(side, side))
@@ -84,7 +97,7 @@ def head_specs(model: StockModel) -> Specs:
 def sigmoid_heads(model: StockModel) -> set[str]:
     """Names of heads trained with sigmoid cross-entropy, for which softmax has no meaning."""
     names = {"cls_logits", "mask_logits"}
-    if hasattr(getattr(model, "roi_heads", None), "box_predictor") and any(
+    if hasattr(getattr(model, "roi_heads", None), "box_head") and any(
         p.use_sigmoid_ce for _, p in box_branches(model)
     ):
         names.add("box_logits")
@@ -92,18 +105,23 @@ def sigmoid_heads(model: StockModel) -> set[str]:
 
 
 def head_taps(model: StockModel, wanted: Collection[str]) -> dict[str, Tap]:
-    """Taps that the wanted logits (and ``anchors``) of a student need."""
+    """Taps that the wanted outputs of heads (and ``anchors``) of a student need."""
     taps: dict[str, Tap] = {}
     dense = isinstance(model, DenseDetector)
     if "cls_logits" in wanted:
         taps["cls_logits"] = Tap("head", select=0)
-    if "box_logits" in wanted:
+    if not set(BOX_TAPS).isdisjoint(wanted):
         stages = num_box_stages(model)
         # The pooler's input is the only place that stays right under TRAIN_ON_PRED_BOXES.
         taps["boxes"] = Tap("roi_heads.box_pooler", at="input", select=1, calls=stages)
-        for stage in range(stages):
-            path = "roi_heads.box_predictor" + (f".{stage}" if stages > 1 else "")
-            taps[f"box_logits.{stage}"] = Tap(path, select=0)
+        paths = [f".{stage}" if stages > 1 else "" for stage in range(stages)]
+        if "box_pooled" in wanted:
+            taps["box_pooled"] = Tap(f"roi_heads.box_head{paths[0]}", at="input")
+        if "box_features" in wanted:
+            taps["box_features"] = Tap(f"roi_heads.box_head{paths[0]}")
+        if "box_logits" in wanted:
+            for stage, path in enumerate(paths):
+                taps[f"box_logits.{stage}"] = Tap(f"roi_heads.box_predictor{path}", select=0)
     if "mask_logits" in wanted:
         taps["mask_boxes"] = Tap("roi_heads.mask_pooler", at="input", select=1)
         taps["mask_instances"] = Tap("roi_heads.mask_head", at="input", select=1)

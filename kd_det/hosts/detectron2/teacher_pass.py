@@ -7,7 +7,7 @@ would sample or post-process boxes, while the two sides must describe the *same*
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,10 +51,7 @@ def teacher_images(
     Returns:
         ``[N, C, H', W']`` with ``H' >= H`` and ``W' >= W``.
     """
-    images = [
-        {"image": x["image"].flip(0) if flip_channels else x["image"]} for x in batched_inputs
-    ]
-    tensor = teacher.preprocess_image(images).tensor
+    tensor = teacher.preprocess_image(reordered(batched_inputs, flip_channels)).tensor
     divisor = max(teacher.backbone.size_divisibility, 1)
     extra = [
         max(math.ceil(want / divisor) * divisor - have, 0)
@@ -63,37 +60,60 @@ def teacher_images(
     return F.pad(tensor, (0, extra[1], 0, extra[0])) if any(extra) else tensor
 
 
-def box_logits(
-    teacher: StockModel, features: Mapping[str, Tensor], boxes: Sequence[Sequence[Boxes]]
-) -> list[Tensor]:
-    """The teacher's classification logits of the student's boxes.
+def reordered(
+    batched_inputs: Sequence[Mapping[str, Any]], flip_channels: bool
+) -> list[dict[str, Any]]:
+    """The raw images alone, in the teacher's channel order."""
+    return [{"image": x["image"].flip(0) if flip_channels else x["image"]} for x in batched_inputs]
+
+
+def box_values(
+    teacher: StockModel,
+    features: Mapping[str, Tensor],
+    boxes: Sequence[Sequence[Boxes]],
+    wanted: Collection[str],
+) -> dict[str, Any]:
+    """The teacher's answers for the student's boxes, from one pass through its box branch.
 
     Args:
         teacher: an R-CNN with standard or cascade heads.
         features: the teacher's backbone output.
         boxes: per student stage, per image, the boxes that entered the student's pooler.
+        wanted: which of ``box_pooled``, ``box_features`` and ``box_logits``.
 
     Returns:
-        Per student stage ``[R, K + 1]``. A cascade teacher of a one-stage student answers with
-        the logarithm of its stages' mean probability, which is what it scores by at inference.
+        ``box_logits``: per student stage ``[R, K + 1]``. A cascade teacher of a one-stage student
+        answers with the logarithm of its stages' mean probability, which is what it scores by at
+        inference. ``box_pooled`` ``[R, C, h, w]`` and ``box_features`` ``[R, D]``: of the first
+        stage on both sides.
 
     Raises:
-        KDError: both are cascades of different length.
+        KDError: logits are wanted of cascades of different length.
     """
     roi_heads = teacher.roi_heads
     levels = [features[name] for name in roi_heads.box_in_features]
     branches = box_branches(teacher)
-    check_stages(len(boxes), len(branches))
+    with_logits = "box_logits" in wanted
+    if with_logits:
+        check_stages(len(boxes), len(branches))
+    values: dict[str, Any] = {}
     logits = []
-    for stage, stage_boxes in enumerate(boxes):
+    for stage, stage_boxes in enumerate(boxes if with_logits else boxes[:1]):
         pooled = roi_heads.box_pooler(levels, list(stage_boxes))
-        if len(branches) == len(boxes):
-            head, predictor = branches[stage]
-            logits.append(predictor(head(pooled))[0])
-        else:
-            scores = torch.stack([predictor(head(pooled))[0] for head, predictor in branches])
-            logits.append(scores.float().softmax(dim=-1).mean(dim=0).log())
-    return logits
+        same_stages = len(branches) == len(boxes) or not with_logits
+        heads = branches[stage : stage + 1] if same_stages else branches
+        outputs = [head(pooled) for head, _ in heads]
+        if stage == 0:
+            values = {"box_pooled": pooled, "box_features": outputs[0]}
+        if with_logits:
+            scores = [p(output)[0] for (_, p), output in zip(heads, outputs, strict=True)]
+            logits.append(scores[0] if same_stages else _mean_log_probability(scores))
+    values["box_logits"] = logits
+    return {name: values[name] for name in wanted}
+
+
+def _mean_log_probability(scores: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(scores)).float().softmax(dim=-1).mean(dim=0).log()
 
 
 def check_stages(student: int, teacher: int) -> None:

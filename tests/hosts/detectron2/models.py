@@ -77,10 +77,25 @@ def all_terms(name: str, weight: float = 0.0) -> dict[str, Any]:
     levels = ["p2", "p3", "p4"]
     terms = {
         "logits": kd,
+        "attention": {"LOSS": "AT", "WEIGHT": weight, "TAPS": levels},
+        "flow": {
+            "LOSS": "FSP",
+            "WEIGHT": weight,
+            "TAPS": levels,
+            "PAIRS": "chain",
+            "ADAPT": True,
+        },
         "hint": {"LOSS": "FitNet", "WEIGHT": weight, "TAPS": ["c3"]},
         "imitation": {"LOSS": "FGFI", "WEIGHT": weight, "TAPS": levels},
         "review": {"LOSS": "ReviewKD", "WEIGHT": weight, "TAPS": levels},
     }
+    if logits:
+        terms["relations"] = {
+            "LOSS": "IRG",
+            "WEIGHT": weight,
+            "VERTICES": False,
+            "TAPS": ["box_pooled", "box_features"],
+        }
     if name == "mask":
         terms["masks"] = {
             "LOSS": "KD",

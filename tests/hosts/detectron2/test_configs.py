@@ -1,7 +1,8 @@
 """Every shipped config: the published numbers, one training iteration, and a stock checkpoint.
 
-The 35 COCO experiments are five losses (one of them none) times seven published pairs. They are
-built in full size with random weights; teachers are shared between the configs that name them.
+The COCO experiments are five losses (one of them none) times seven published pairs, and the methods
+that were published for classifiers on one of them. They are built in full size with random weights;
+teachers are shared between the configs that name them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ pytest.importorskip("detectron2")
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
+from detectron2.config import get_cfg as get_stock_cfg
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances, PolygonMasks
@@ -27,6 +29,11 @@ from torch import Tensor, nn
 from kd_det.checkpoint import strip_distiller
 from kd_det.config import merge_config
 from kd_det.hosts.detectron2 import build_teacher, get_cfg, meta_arch
+from kd_det.hosts.detectron2.condensed import check_kcd
+from kd_det.hosts.detectron2.export import stock_config
+from kd_det.prestage import pre_stage_losses
+from kd_det.selection import kcd_cost
+from kd_det.stages import read_plan
 
 pytestmark = pytest.mark.detectron2
 
@@ -46,7 +53,13 @@ PAIRS = {
     "retinanet_r50_r101": ("COCO-Detection/retinanet_R_101_FPN_3x.yaml", 1.0),
 }
 LOSSES = ("baseline", "kd", "fitnet", "fgfi", "reviewkd")
-EXPERIMENTS = [(loss, pair) for pair in PAIRS for loss in LOSSES]
+# Methods of classifiers: feature levels or sampled boxes stand in for what they compare there.
+FROM_CLASSIFIERS = ("at", "fsp", "irg", "mhgd", "kcd")
+EXPERIMENTS = [
+    (loss, pair)
+    for pair in PAIRS
+    for loss in LOSSES + (FROM_CLASSIFIERS if pair == "frcnn_r50_r101" else ())
+]
 DIGITS = sorted(
     path.stem
     for path in (ROOT / "configs" / "digits").glob("*_?rcnn.yaml")
@@ -97,6 +110,45 @@ def expected_terms(loss: str, pair: str) -> dict[str, dict[str, Any]]:
         "fitnet": {"hint": {"LOSS": "FitNet", "WEIGHT": 0.1, "TAPS": ["c3"], "RELU": True}},
         "fgfi": {"imitation": imitation},
         "reviewkd": {"review": review},
+        "at": {
+            "attention": {
+                "LOSS": "AT",
+                "WEIGHT": 0.5,
+                "MODE": "paper",
+                "TAPS": ["p2", "p3", "p4", "p5"],
+            }
+        },
+        "fsp": {
+            "flow": {
+                "LOSS": "FSP",
+                "WEIGHT": 1.0,
+                "REDUCTION": "mean",
+                "PAIRS": "chain",
+                "TAPS": ["p2", "p3", "p4"],
+            }
+        },
+        "irg": {
+            "relations": {
+                "LOSS": "IRG",
+                "WEIGHT": 1.0,
+                "TAPS": ["box_logits", "box_features"],
+                "REDUCTION": "mean",
+                "LAMBDA1": 0.1,
+                "LAMBDA2": 5.0,
+                "MAX_NODES": 512,
+            }
+        },
+        "mhgd": {
+            "graph": {
+                "LOSS": "MHGD",
+                "WEIGHT": 1.0,
+                "REDUCTION": "mean",
+                "TAPS": ["box_pooled", "box_features"],
+                "HEADS": 8,
+                "MAX_NODES": 256,
+            }
+        },
+        "kcd": {"roi_logits": roi_kd},
     }
     return terms[loss]
 
@@ -157,6 +209,34 @@ class TestPublishedValues:
         assert STOCK[cfg.MODEL.META_ARCHITECTURE] == zoo.MODEL.META_ARCHITECTURE
         cfg.MODEL.META_ARCHITECTURE = zoo.MODEL.META_ARCHITECTURE
         assert cfg.MODEL == zoo.MODEL
+
+    @pytest.mark.parametrize("name", ["fsp_frcnn_r50_r101", "digits/fsp_frcnn"])
+    def test_fsp_is_the_flow_alone_and_then_the_task_alone(self, name: str) -> None:
+        first, second = read_plan(str(ROOT / "configs" / f"{name}.yaml")).stages
+        assert (first.terms, first.task) == (("flow",), False)
+        assert (second.terms, second.task, second.carry) == ((), True, ("student",))
+        # The overrides of the first stage are keys and values that this host takes.
+        opts = [part for pair in first.overrides.items() for part in map(str, pair)]
+        cfg = load(name, *opts)
+        assert cfg.SOLVER.MAX_ITER < load(name).SOLVER.MAX_ITER
+        assert cfg.SOLVER.STEPS == cfg.DATASETS.TEST == ()
+
+    def test_kcd_costs_what_the_paper_says(self) -> None:
+        cfg = load("kcd_frcnn_r50_r101")
+        check_kcd(cfg)
+        node = cfg.KD.KCD
+        assert (node.ENABLED, node.RHO, node.ALPHA, node.EPSILON) == (True, 0.7, 0.03, 0.3)
+        cost = kcd_cost(node.RHO, cfg.SOLVER.MAX_ITER, node.PERIOD)
+        assert cost == pytest.approx(0.816, abs=5e-4)
+        # Every image of the digits is seen before the first condensation.
+        digits = load("digits/kcd_frcnn")
+        check_kcd(digits)
+        assert digits.KD.KCD.PERIOD * digits.SOLVER.IMS_PER_BATCH >= 1500
+
+    def test_mhgd_learns_from_as_many_batches_as_published(self) -> None:
+        pre_stage = load("mhgd_frcnn_r50_r101").KD.PRE_STAGE
+        assert 20 * 50_000 // 128 == pytest.approx(pre_stage.MAX_ITER, rel=0.01)
+        assert (pre_stage.BASE_LR, pre_stage.WEIGHT_DECAY) == (0.1, 0.001)
 
     def test_mobilenet_trains_everything_but_its_norms(self) -> None:
         cfg = load("baseline_frcnn_mv2_r50")
@@ -258,11 +338,15 @@ def assert_trains_and_exports(
     terms = list(cfg.KD.TERMS) if cfg.KD.ENABLED else []
     if terms:
         jump_to(model, 400)
+        for pre_stage, _ in pre_stage_losses(model.distiller).values():
+            pre_stage.finish_pre_stage()
     losses = train_one_iteration(model, cfg, size)
     values = {name: loss.item() for name, loss in losses.items()}
     assert all(map(math.isfinite, values.values())), values
     assert all(values[name] > 0 for name in terms), values
     assert any(name.startswith("loss_") for name in values)
+    if cfg.KD.ENABLED and cfg.KD.KCD.ENABLED:
+        assert model.image_values.shape == (2,)
 
     stock_cfg = cfg.clone()
     stock_cfg.MODEL.META_ARCHITECTURE = STOCK[cfg.MODEL.META_ARCHITECTURE]
@@ -300,6 +384,16 @@ class TestOneIteration:
         assert all(map(math.isfinite, (loss.item() for loss in losses.values())))
 
 
+@pytest.mark.parametrize("name", ["fsp_frcnn_r50_r101", "kcd_frcnn_r50_r101"])
+def test_an_exported_config_is_one_that_detectron2_alone_reads(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(stock_config(load(name)).dump())
+    cfg = get_stock_cfg()
+    cfg.merge_from_file(str(path))
+    assert cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+
+
 def test_digits_have_every_loss_for_both_architectures() -> None:
     names = ("teacher", "baseline", "kd", "fitnet", "fgfi", "reviewkd", "reviewkd_kd")
     assert {f"{name}_{arch}" for name in names for arch in ("frcnn", "mrcnn")} <= set(DIGITS)
+    assert {f"{name}_frcnn" for name in FROM_CLASSIFIERS} <= set(DIGITS)

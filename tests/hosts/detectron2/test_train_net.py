@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -82,6 +83,59 @@ def test_a_run_trains_resumes_and_evaluates_to_the_same_ap(options, tmp_path):
     )
 
 
+def curves(folder: Path) -> dict[str, list[float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return {key: [x[key] for x in lines if key in x] for key in {k for x in lines for k in x}}
+
+
+@pytest.fixture
+def own_loggers():
+    """Detectron2's logging, which a run sets up, as it was before."""
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "kd_det")]
+    before = [(x, list(x.handlers), x.level, x.propagate) for x in loggers]
+    yield
+    for logger, handlers, level, propagate in before:
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("own_loggers")
+def test_fsp_trains_the_flow_and_then_the_task_and_resumes_in_its_second_stage(
+    options, tmp_path, capfd
+):
+    config, output = CONFIG.with_name("fsp_frcnn.yaml"), tmp_path / "out"
+    flow = {"NAME": "flow", "TERMS": ["flow"], "TASK": False}
+    flow["OVERRIDES"] = {"SOLVER.MAX_ITER": 2, "DATASETS.TEST": ()}
+    stages = repr([flow, {"NAME": "task", "TERMS": []}])
+    command = ["--config-file", str(config), *options, "STAGES", stages, "OUTPUT_DIR", str(output)]
+    assert cli.main(command) == 0
+    first, second = output / "stage_1_flow", output / "stage_2_task"
+    assert curves(first)["flow"][-1] > 0
+    assert set(curves(first)["loss_cls"]) == {0}
+    assert "flow" not in curves(second)
+    assert curves(second)["loss_cls"][-1] > 0
+    assert last_ap(second) == pytest.approx(
+        json.loads((output / "results.json").read_text())["bbox"]["AP"], nan_ok=True
+    )
+    text = (second / "config.yaml").read_text()
+    assert f"WEIGHTS: {first / 'model_final.pth'}" in text
+    # One line of a run is one line on the screen.
+    printed = capfd.readouterr().out
+    assert printed.count("Starting training from iteration") == 2
+    # Killed in the second stage, after its first checkpoint.
+    done = torch.load(second / "model_final.pth", weights_only=False)
+    began = (first / "model_final.pth").stat().st_mtime_ns
+    for path in (output / "model_final.pth", second / "model_final.pth"):
+        path.unlink()
+    (second / "last_checkpoint").write_text("model_0000001.pth")
+    assert cli.main([command[0], command[1], "--resume", *command[2:]]) == 0
+    assert (first / "model_final.pth").stat().st_mtime_ns == began
+    assert "Starting training from iteration 2" in capfd.readouterr().out
+    resumed = torch.load(output / "model_final.pth", weights_only=False)
+    assert resumed["iteration"] == done["iteration"] == 3
+    assert resumed["model"].keys() == done["model"].keys()
+
+
 def test_two_cpu_processes_end_with_equal_weights(options, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     hook = tmp_path / "hook.py"
@@ -114,6 +168,24 @@ def test_two_cpu_processes_end_with_equal_weights(options, tmp_path):
     assert read_weights(tmp_path / "out" / "model_final.pth")
 
 
+def test_two_cpu_processes_keep_one_ledger(options, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    output = tmp_path / "out"
+    train_net(
+        "--config-file", str(CONFIG.with_name("kcd_frcnn.yaml")), *options,
+        "KD.KCD.PERIOD", "2", "DATASETS.TEST", "()", "OUTPUT_DIR", str(output),
+        launcher=launcher,
+    )  # fmt: skip
+    # Eight images, two stages of two iterations of two images, one of each process.
+    last = {key: values[-1] for key, values in curves(output).items()}
+    assert last["kcd/cost_measured"] == 100
+    hook = torch.load(output / "model_final.pth", weights_only=True)["trainer"]["hooks"]["Condense"]
+    state = hook["condensation"]
+    assert int(state["ledger"]["count"].sum()) == 8
+    assert state["stage"] == 1
+    assert len(state["active"]) == state["counts"][1] == 7
+
+
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
@@ -124,6 +196,8 @@ def test_two_cpu_processes_end_with_equal_weights(options, tmp_path):
         (["KD.TERMS.review.TAPS", "['p2','p9']"], "p9"),
         (["KD.TECHER.WEIGHTS", "x"], "did you mean"),
         (["SOLVER.BASE_RL", "0.1"], "did you mean 'SOLVER.BASE_LR'"),
+        (["KD.TERMS.review.CLIP", "task_norm"], "set CLIP: none"),
+        (["KD.KCD.ENABLED", "True", "KD.KCD.RHO", "1.5"], "in (0, 1]; received 1.5"),
         (["MODEL.DEVICE", "cuda"], "MODEL.DEVICE cpu"),
         (["DATASETS.TRAIN", "('digit_train',)"], "did you mean 'digits_train'"),
         (["DATASETS.TRAIN", "('coco_2017_train',)"], "DETECTRON2_DATASETS"),

@@ -1,0 +1,285 @@
+"""KCD on this host: a training set that shrinks, with periods counted in iterations.
+
+``SOLVER`` describes the run on the whole training set. A stage with 90 % of the images takes 90 %
+of its iterations, so the run becomes shorter, and its learning-rate steps move with it.
+
+Place and order of every batch follow from the seed and the iteration alone, and every iteration
+begins with random numbers of its own: a resumed run selects what the uninterrupted one would
+have. With ``DATALOADER.NUM_WORKERS`` above 0 that holds for the order of the images, but the random
+augmentation of loader processes starts anew, as in any resumed run of Detectron2.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, DatasetMapper, build_detection_train_loader
+from detectron2.engine.hooks import HookBase
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from torch import Tensor
+
+from kd_det.checks import fail
+from kd_det.condensation import Condensation
+from kd_det.hosts.detectron2.blending import BlendMapper
+from kd_det.hosts.detectron2.datasets import training_dicts
+from kd_det.selection import kcd_cost
+from kd_det.subset import InfiniteSubsetSampler, keyed_generator
+
+#: Key of a mapped image's place in the training set.
+INDEX = "kd_index"
+
+# Boxes are labels of the kept image alone. A partner that shows more than this would put objects
+# into it that have none.
+_MAX_EPSILON = 0.3
+
+logger = logging.getLogger(__name__)
+
+
+def is_condensed(cfg: CfgNode) -> bool:
+    """Whether a run has ``KD.KCD`` on."""
+    return cfg.KD.ENABLED and cfg.KD.KCD.ENABLED
+
+
+def check_kcd(cfg: CfgNode) -> None:
+    """Refuse what KCD cannot do on this host.
+
+    Raises:
+        KDError: a student that is not distilled, classes of images, partners that show too much,
+            another sampler, or numbers that KCD itself refuses.
+    """
+    if not is_condensed(cfg):
+        return
+    node, student = cfg.KD.KCD, cfg.MODEL.META_ARCHITECTURE
+    if not student.startswith("Distilled"):
+        fail(
+            expected="a distilled student for KD.KCD, such as DistilledRCNN",
+            received=f"MODEL.META_ARCHITECTURE {student}",
+            remedy="set it, or KD.KCD.ENABLED False",
+        )
+    if node.MIN_PER_CLASS:
+        fail(
+            expected="KD.KCD.MIN_PER_CLASS 0 on a detector: an image has boxes of many classes",
+            received=str(node.MIN_PER_CLASS),
+            remedy="set it to 0",
+        )
+    if node.EPSILON > _MAX_EPSILON:
+        fail(
+            expected=f"KD.KCD.EPSILON of at most {_MAX_EPSILON} on a detector, whose boxes are "
+            "those of the kept image",
+            received=str(node.EPSILON),
+            remedy=f"use {_MAX_EPSILON}, or 0 for no blending",
+        )
+    if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
+        fail(
+            expected="DATALOADER.SAMPLER_TRAIN TrainingSampler with KD.KCD, which samples itself",
+            received=cfg.DATALOADER.SAMPLER_TRAIN,
+            remedy="set it to TrainingSampler, or KD.KCD.ENABLED False",
+        )
+    kcd_cost(node.RHO, cfg.SOLVER.MAX_ITER, node.PERIOD, schedule=node.SCHEDULE)
+
+
+class CondensedRun:
+    """What a run with ``KD.KCD`` needs beside the stock trainer.
+
+    Args:
+        cfg: the config of the run on the whole training set.
+
+    Attributes:
+        condensation: the state.
+        cfg: the same config; its ``SOLVER`` counts the iterations the condensed run really takes.
+
+    Raises:
+        KDError: see :func:`check_kcd`.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        check_kcd(cfg)
+        dicts = training_dicts(cfg)
+        self.condensation = _condensation(cfg, len(dicts))
+        self.cfg = _planned(cfg, self.condensation)
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        self._wide = torch.tensor([d["width"] > d["height"] for d in dicts])
+        self._dataset = DatasetFromList([{**d, INDEX: i} for i, d in enumerate(dicts)], copy=False)
+
+    def build_loader(self, cfg: CfgNode) -> StageLoader:
+        """Detectron2's loader over the active images, blended as the condensation says."""
+        sampler = InfiniteSubsetSampler(self.condensation, self.seed)
+        if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+            sampler = OrientedSampler(self.condensation, self.seed, self._wide)
+        loader = build_detection_train_loader(
+            cfg,
+            dataset=self._dataset,
+            sampler=sampler,
+            mapper=BlendMapper(DatasetMapper(cfg, True), self._dataset, self.condensation, INDEX),
+            # The sampler deals whole batches: only then is the place in the run exact.
+            aspect_ratio_grouping=False,
+            # A new iterator must not draw from the random numbers of its iteration.
+            seed=self.seed,
+        )
+        return StageLoader(loader, sampler)
+
+
+def _condensation(cfg: CfgNode, images: int) -> Condensation:
+    node = cfg.KD.KCD
+    return Condensation(
+        images,
+        rho=node.RHO,
+        period=node.PERIOD,
+        total=cfg.SOLVER.MAX_ITER,
+        alpha=node.ALPHA,
+        schedule=node.SCHEDULE,
+        pool=node.POOL,
+        epsilon=node.EPSILON,
+        blend=node.BLEND,
+        epsilon_rule=node.EPSILON_RULE,
+        batch=cfg.SOLVER.IMS_PER_BATCH,
+    )
+
+
+def _planned(cfg: CfgNode, condensation: Condensation) -> CfgNode:
+    planned = cfg.clone()
+    planned.defrost()
+    solver = planned.SOLVER
+    solver.MAX_ITER = condensation.planned_steps()
+    steps = [condensation.planned_step(step) for step in solver.STEPS]
+    # Rounding can bring the last one to the end, which Detectron2 refuses.
+    solver.STEPS = tuple(step for step in steps if step < solver.MAX_ITER)
+    solver.WARMUP_ITERS = condensation.planned_step(solver.WARMUP_ITERS)
+    planned.freeze()
+    logger.info(
+        "KCD: stages of %s images in %s iterations; %d in all, learning-rate steps at %s",
+        condensation.counts[: len(condensation.lengths)],
+        condensation.lengths,
+        solver.MAX_ITER,
+        solver.STEPS,
+    )
+    return planned
+
+
+class OrientedSampler(InfiniteSubsetSampler):
+    """The same stream, dealt in batches of images that are all wide or all not, as they fill up.
+
+    Detectron2's own grouping happens behind the sampler and would make the place in the run
+    inexact: a few images always wait in it for a batch to fill.
+
+    Args:
+        condensation: see :class:`kd_det.subset.InfiniteSubsetSampler`.
+        seed: likewise.
+        wide: for each image of the training set, whether it is wider than high; ``[N]`` bool.
+    """
+
+    def __init__(self, condensation: Condensation, seed: int, wide: Tensor) -> None:
+        super().__init__(condensation, seed)
+        self._wide = wide
+
+    def __iter__(self) -> Iterator[int]:
+        state = self.condensation
+        assert state.batch is not None
+        stream = islice(self._stream(state.stage, 0), self.rank, None, self.world)
+        # From the start of the stage: what waited at a checkpoint must wait again.
+        batches = islice(self._batches(stream, state.batch // self.world), state.position, None)
+        return chain.from_iterable(batches)
+
+    def _batches(self, stream: Iterable[int], size: int) -> Iterator[list[int]]:
+        waiting: tuple[list[int], list[int]] = ([], [])
+        for index in stream:
+            batch = waiting[int(self._wide[index])]
+            batch.append(index)
+            if len(batch) == size:
+                yield batch.copy()
+                batch.clear()
+
+
+class StageLoader:
+    """Batches of a whole run, from a new iterator of ``loader`` in every stage.
+
+    Loader processes fetch ahead; their iterator would still hold batches of the stage before.
+
+    Args:
+        loader: endless, reading the active images of the sampler's condensation.
+        sampler: of the loader.
+
+    Attributes:
+        indices: the places of the last batch's images in the training set.
+    """
+
+    def __init__(self, loader: Iterable[Any], sampler: InfiniteSubsetSampler) -> None:
+        self.loader = loader
+        self.sampler = sampler
+        self.indices: list[int] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        state = self.sampler.condensation
+        while True:
+            stage = state.stage
+            for batch in self.loader:
+                self.indices = [image[INDEX] for image in batch]
+                yield batch
+                if state.stage != stage:
+                    break
+
+
+class Condense(HookBase):
+    """Keeps the ledger, condenses when a stage ends, and reports what it cost.
+
+    Must come before the hook that saves checkpoints, which hold its state.
+
+    Args:
+        run: the run's condensation.
+    """
+
+    def __init__(self, run: CondensedRun) -> None:
+        self.state = run.condensation
+        self.seed = run.seed
+        self.save_period = run.cfg.SOLVER.CHECKPOINT_PERIOD
+
+    def before_train(self) -> None:
+        self.trainer.data_loader.sampler.seed = self.seed
+
+    def before_step(self) -> None:
+        generator = keyed_generator(self.seed, comm.get_rank(), self.trainer.iter)
+        seed_all_rng(int(torch.randint(2**31, (), generator=generator)))
+
+    def after_step(self) -> None:
+        model = self.trainer.model
+        values = getattr(model, "module", model).image_values
+        self.state.update(torch.tensor(self.trainer.data_loader.indices), values)
+        done = self.trainer.iter + 1
+        parts = self.state.step()
+        if parts is not None:
+            logger.info(
+                "KCD stage %d: %d images stay, %d were dropped now, %d are blended",
+                self.state.stage,
+                len(parts.keep),
+                len(parts.drop),
+                len(self.state.recipes),
+            )
+        if done % self.save_period == 0 or done == self.trainer.max_iter:
+            self.state.ledger.merge()
+        self.trainer.storage.put_scalar("kcd/images", len(self.state.active), smoothing_hint=False)
+
+    def after_train(self) -> None:
+        if self.trainer.iter < self.trainer.max_iter:
+            return  # interrupted
+        formula, measured = 100 * self.state.formula_cost(), 100 * self.state.measured_cost()
+        logger.info(
+            "KCD: cost %.2f %% by the published formula, whose first stage is already condensed; "
+            "measured %.2f %% of the images of a run on the whole training set",
+            formula,
+            measured,
+        )
+        costs = {"kcd/cost_formula": formula, "kcd/cost_measured": measured}
+        self.trainer.storage.put_scalars(**costs, smoothing_hint=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"condensation": self.state.state_dict(), "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state.load_state_dict(state["condensation"])
+        self.seed = state["seed"]

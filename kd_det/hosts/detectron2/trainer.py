@@ -1,0 +1,129 @@
+"""Detectron2's default trainer with what distillation adds to it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import detectron2.engine.defaults
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultTrainer, create_ddp_model
+from detectron2.engine.hooks import HookBase
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.utils import comm
+
+from kd_det.checkpoint import load_distiller
+from kd_det.checks import fail
+from kd_det.distiller import Distiller
+from kd_det.hosts.detectron2.condensed import Condense, CondensedRun, is_condensed
+
+
+class Trainer(DefaultTrainer):
+    """``DefaultTrainer`` with the COCO evaluator, KCD, and data-parallel on CPU too."""
+
+    def __init__(self, cfg: CfgNode, extra_hooks: Sequence[HookBase] = ()) -> None:
+        self._condensed: CondensedRun | None = None
+        if is_condensed(cfg):
+            # Before the plan, which counts batches.
+            cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+            self._condensed = CondensedRun(cfg)
+            cfg = self._condensed.cfg
+            # The stock constructor asks its own instance for the loader.
+            self.build_train_loader = self._condensed.build_loader  # type: ignore[method-assign]
+        with _ddp_for(cfg.MODEL.DEVICE):
+            super().__init__(cfg)
+        self.register_hooks([_ReportSilentTerms(), *extra_hooks])
+
+    @property
+    def distiller(self) -> Distiller | None:
+        """The losses of the run; None for a plain student."""
+        return getattr(unwrap(self.model), "distiller", None)
+
+    def build_hooks(self) -> list[HookBase]:
+        """The stock hooks, and before them KCD's."""
+        own = [Condense(self._condensed)] if self._condensed else []
+        return [*own, *super().build_hooks()]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As usual, except that ``MODEL.WEIGHTS`` start the student only.
+
+        What the losses learn starts from ``KD.WEIGHTS``, or anew.
+        """
+        started = resume and self.checkpointer.has_checkpoint()
+        distiller = None if started else self.distiller
+        own = {k: v.clone() for k, v in distiller.state_dict().items()} if distiller else {}
+        super().resume_or_load(resume)
+        if distiller is not None:
+            distiller.load_state_dict(own)
+            if self.cfg.KD.WEIGHTS:
+                load_distiller(distiller, self.cfg.KD.WEIGHTS)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators: Any = None) -> dict[str, Any]:
+        """Evaluate the model that the checkpoint holds, on all ranks."""
+        _share_buffers(model)
+        return super().test(cfg, model, evaluators)
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
+        """The COCO evaluator for any COCO-format data set.
+
+        Raises:
+            KDError: the data set is evaluated by other rules.
+        """
+        kind = getattr(MetadataCatalog.get(dataset_name), "evaluator_type", None)
+        if kind != "coco":
+            fail(
+                expected=f"DATASETS.TEST '{dataset_name}' to be in COCO instance format",
+                received=f"evaluator type {kind!r}",
+                remedy="register it through DATASETS.COCO_JSON",
+            )
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        return COCOEvaluator(dataset_name, output_dir=folder)
+
+
+def unwrap(model: torch.nn.Module) -> Any:
+    """The module inside DDP, or the module itself."""
+    return getattr(model, "module", model)
+
+
+def data_parallel(model: torch.nn.Module, device: str, **arguments: Any) -> torch.nn.Module:
+    """Detectron2's DDP for GPU or CPU: it takes device ids for GPU modules only."""
+    if not device.startswith("cuda"):
+        arguments["device_ids"] = None
+    return create_ddp_model(model, **arguments)
+
+
+def _share_buffers(model: torch.nn.Module) -> None:
+    """Give every rank the buffers of the main process, which are the ones in the checkpoint.
+
+    ``DefaultTrainer`` does not broadcast buffers, so BatchNorm's running statistics differ between
+    ranks, and each rank would evaluate its share of the images with its own.
+    """
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+
+
+class _ReportSilentTerms(HookBase):
+    """A run may be shorter than the distiller's report period: report at its end, too."""
+
+    def after_train(self) -> None:
+        if self.trainer.distiller is not None and comm.is_main_process():
+            self.trainer.distiller.report_silent()
+
+
+@contextmanager
+def _ddp_for(device: str) -> Iterator[None]:
+    """Let ``DefaultTrainer``, whose constructor takes no ``device_ids``, wrap a CPU model."""
+    on_device = partial(data_parallel, device=device)
+    with mock.patch.object(detectron2.engine.defaults, "create_ddp_model", on_device):
+        yield

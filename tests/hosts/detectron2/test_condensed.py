@@ -1,0 +1,307 @@
+"""KCD on Detectron2: which images, in which order, blended how, and again after an interruption."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+from detectron2.data import DatasetMapper
+from detectron2.data.detection_utils import read_image
+from detectron2.engine.hooks import HookBase
+from detectron2.utils.env import seed_all_rng
+
+from kd_det.condensation import Condensation
+from kd_det.data.digits import DigitsSpec, write_digits
+from kd_det.hosts.detectron2 import get_cfg
+from kd_det.hosts.detectron2.blending import BlendMapper
+from kd_det.hosts.detectron2.condensed import (
+    CondensedRun,
+    OrientedSampler,
+    StageLoader,
+    check_kcd,
+)
+from kd_det.hosts.detectron2.datasets import register_datasets
+from kd_det.hosts.detectron2.train import run
+from kd_det.hosts.detectron2.trainer import Trainer
+from kd_det.subset import InfiniteSubsetSampler
+from tests.hosts.detectron2.models import distilled_cfg, write_teacher
+
+pytestmark = pytest.mark.detectron2
+
+IMAGES, BATCH, PERIOD, TOTAL = 8, 2, 4, 12
+LOOK = {"look": {"LOSS": "AT", "MODE": "paper", "TAPS": ["p2", "p3"]}}
+
+
+class Stop(Exception):
+    pass
+
+
+class Interrupt(HookBase):
+    """Die after so many iterations."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def after_step(self):
+        if self.trainer.iter + 1 == self.after:
+            raise Stop
+
+
+class Watch(HookBase):
+    """What was trained on, iteration by iteration."""
+
+    def __init__(self):
+        self.seen = []
+
+    def after_step(self):
+        self.seen.append(tuple(self.trainer.data_loader.indices))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Eight images of digits and a random teacher from a real file."""
+    folder = tmp_path_factory.mktemp("condensed")
+    images = write_digits(folder / "mini", DigitsSpec(train_images=IMAGES, val_images=1, canvas=96))
+    return images["digits_train"], write_teacher(folder, "faster")
+
+
+@pytest.fixture
+def make_cfg(data, tmp_path):
+    """``make_cfg(folder, *opts)``: a run of seconds with KCD."""
+    (json_file, images), teacher = data
+
+    def make(folder="out", *opts):
+        cfg = distilled_cfg("faster", teacher, LOOK)
+        name = f"condensed_{tmp_path.name}"
+        cfg.DATASETS.COCO_JSON[name] = [str(json_file), str(images)]
+        register_datasets(cfg)
+        cfg.merge_from_list(
+            [
+                *("DATASETS.TRAIN", (name,), "DATASETS.TEST", ()),
+                *("INPUT.MIN_SIZE_TRAIN", (96,), "INPUT.RANDOM_FLIP", "horizontal"),
+                *("SOLVER.IMS_PER_BATCH", BATCH, "SOLVER.MAX_ITER", TOTAL),
+                *("SOLVER.STEPS", (6, 11), "SOLVER.WARMUP_ITERS", 2),
+                *("SOLVER.CHECKPOINT_PERIOD", 3, "SEED", 7),
+                *("KD.KCD.ENABLED", True, "KD.KCD.PERIOD", PERIOD, "KD.KCD.RHO", 0.5),
+                *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8, "OUTPUT_DIR", str(tmp_path / folder)),
+                *opts,
+            ]
+        )
+        (tmp_path / folder).mkdir(exist_ok=True)
+        cfg.freeze()
+        return cfg
+
+    return make
+
+
+def train(cfg, *hooks, resume=False):
+    """As the command line does."""
+    seed_all_rng(cfg.SEED)
+    run(cfg, resume, extra_hooks=hooks)
+
+
+def final(cfg):
+    return torch.load(f"{cfg.OUTPUT_DIR}/model_final.pth", weights_only=True)
+
+
+def assert_same(one, other, where=""):
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, where
+
+
+def test_an_interrupted_and_resumed_run_ends_as_the_uninterrupted_one(make_cfg, tmp_path):
+    whole, parts = make_cfg("whole"), make_cfg("parts")
+    watch = Watch()
+    train(whole, watch)
+    # In the middle of the second stage, two iterations after a checkpoint.
+    first, second = Watch(), Watch()
+    with pytest.raises(Stop):
+        train(parts, first, Interrupt(after=5))
+    train(parts, second, resume=True)
+    assert first.seen[:3] + second.seen == watch.seen
+    ours, theirs = final(parts), final(whole)
+    assert_same(ours["model"], theirs["model"])
+    assert_same(ours["trainer"]["hooks"]["Condense"], theirs["trainer"]["hooks"]["Condense"])
+    state = ours["trainer"]["hooks"]["Condense"]["condensation"]
+    assert state["stage"] == 2
+    assert len(state["active"]) == state["counts"][2] < IMAGES
+    assert (state["partners"] >= 0).any()
+    metrics = map(json.loads, (tmp_path / "parts/metrics.json").read_text().splitlines())
+    last = {key: value for line in metrics for key, value in line.items()}
+    # rho 0.5 in three stages: 8, 6 and 5 images (and 4 that no stage trains on).
+    assert state["counts"] == [8, 6, 5, 4]
+    lengths = [4, 3, 2]  # 4 * 5/8 = 2.5 rounds to even
+    assert state["lengths"] == lengths
+    assert len(watch.seen) == sum(lengths)
+    assert last["kcd/cost_measured"] == pytest.approx(100 * sum(lengths) / TOTAL)
+    expected = 100 * (0.5 ** (1 / 3) + 0.5 ** (2 / 3) + 0.5) / 3
+    assert last["kcd/cost_formula"] == pytest.approx(expected)
+
+
+def test_learning_rate_steps_move_with_the_run(make_cfg):
+    cfg = make_cfg("plan")
+    solver = CondensedRun(cfg).cfg.SOLVER
+    # Step 6 is the middle of the second stage, which takes 3 iterations instead of 4; 11 would be
+    # the very last one of the third.
+    assert (solver.MAX_ITER, solver.STEPS, solver.WARMUP_ITERS) == (9, (6,), 2)
+    assert cfg.SOLVER.MAX_ITER == TOTAL
+
+
+def test_without_kd_there_is_no_kcd(make_cfg):
+    cfg = make_cfg("plain", "KD.ENABLED", False)
+    trainer = Trainer(cfg)
+    assert trainer.max_iter == TOTAL
+    assert not isinstance(trainer.data_loader, StageLoader)
+
+
+def test_resuming_with_another_plan_is_refused(make_cfg, refuses):
+    with pytest.raises(Stop):
+        train(make_cfg("parts"), Interrupt(after=3))
+    with refuses("stage counts", "remedy: resume with the same rho"):
+        train(make_cfg("parts", "KD.KCD.RHO", 0.9), resume=True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_processes_change_neither_order_nor_stage(make_cfg, workers):
+    kcd = CondensedRun(make_cfg("loader"))
+    loader = kcd.build_loader(make_cfg("loader", "DATALOADER.NUM_WORKERS", workers))
+    state, seen = kcd.condensation, []
+    for batch in islice(loader, 6):
+        assert [image["kd_index"] for image in batch] == loader.indices
+        seen += loader.indices
+        state.update(torch.tensor(loader.indices), torch.tensor(loader.indices).double())
+        state.step()
+    assert state.stage == 1
+    # The first pass visits every image once; then only those of the new stage are seen.
+    assert sorted(seen[:IMAGES]) == list(range(IMAGES))
+    assert set(seen[IMAGES:]) <= set(state.active.tolist())
+    sampler = InfiniteSubsetSampler(CondensedRun(make_cfg("loader")).condensation, kcd.seed)
+    assert seen[:IMAGES] == list(islice(sampler, IMAGES))
+
+
+class TestOrientedSampler:
+    WIDE = torch.tensor([True, False, True, True, False, True, True, False, True, False])
+
+    def batches(self, position, rank=0, world=1, count=8):
+        state = Condensation(10, rho=0.5, period=40, total=80, batch=2 * world)
+        state.position = position
+        sampler = OrientedSampler(state, 3, self.WIDE)
+        sampler.rank, sampler.world = rank, world
+        stream = islice(sampler, 2 * count)
+        return list(zip(stream, stream, strict=True))
+
+    def test_batches_are_of_one_orientation_and_leave_nothing_out(self):
+        batches = self.batches(0, count=20)
+        assert all(self.WIDE[i] == self.WIDE[j] for i, j in batches)
+        visits = np.bincount(np.array(batches).ravel(), minlength=10)
+        assert visits.min() >= 3
+        assert visits.max() <= 4
+
+    def test_a_resumed_run_continues_with_the_very_next_batch(self):
+        whole = self.batches(0, count=16)
+        for position in range(8):
+            assert self.batches(position, count=8) == whole[position : position + 8]
+
+    def test_ranks_share_the_stream(self):
+        shared = [self.batches(0, rank, 2, count=10) for rank in (0, 1)]
+        visits = np.bincount(np.array(shared).ravel(), minlength=10)
+        assert visits.min() >= 3
+        assert visits.max() <= 5
+
+
+class TestBlends:
+    @pytest.fixture
+    def blended(self, make_cfg):
+        """A mapper without augmentation whose image 0 is blended with a part of image 1."""
+        cfg = make_cfg("blend", "INPUT.RANDOM_FLIP", "none")
+        kcd = CondensedRun(cfg)
+        kcd.condensation.partners[0], kcd.condensation.epsilons[0] = 1, 0.2
+
+        def make(mode="convex"):
+            kcd.condensation.blend = mode
+            mapper = DatasetMapper(cfg, True)
+            return BlendMapper(mapper, kcd._dataset, kcd.condensation, "kd_index"), kcd._dataset
+
+        return make, cfg
+
+    @pytest.mark.parametrize(("mode", "share"), [("convex", 0.8), ("add", 1.0)])
+    def test_pixels_are_mixed_and_boxes_stay(self, blended, mode, share):
+        make, cfg = blended
+        mapper, dataset = make(mode)
+        stock = DatasetMapper(cfg, True)(dataset[0])
+        image, partner = (
+            read_image(dataset[i]["file_name"], cfg.INPUT.FORMAT).astype(np.float64) for i in (0, 1)
+        )
+        expected = np.clip(np.rint(share * image + 0.2 * partner), 0, 255).transpose(2, 0, 1)
+        mapped = mapper(dataset[0])
+        assert mapped["image"].dtype == torch.uint8
+        difference = mapped["image"].double().numpy() - expected
+        assert np.abs(difference).max() <= 1  # float32 against float64 at .5
+        assert (difference != 0).mean() < 1e-3
+        assert torch.equal(mapped["instances"].gt_boxes.tensor, stock["instances"].gt_boxes.tensor)
+        assert mapped["kd_index"] == 0
+
+    def test_other_images_are_the_stock_mappers(self, blended):
+        make, cfg = blended
+        mapper, dataset = make()
+        mapper(dataset[0])
+        stock = DatasetMapper(cfg, True)(dataset[1])
+        assert torch.equal(mapper(dataset[1])["image"], stock["image"])
+
+    def test_a_partner_of_another_size_is_resized_to_the_canvas(self, blended, tmp_path):
+        make, _ = blended
+        mapper, dataset = make()
+        import cv2
+
+        path = tmp_path / "grey.png"
+        cv2.imwrite(str(path), np.full((20, 50, 3), 100, dtype=np.uint8))
+        mapper._dataset = [dataset[0], {"file_name": str(path)}]
+        image = read_image(dataset[0]["file_name"], "BGR").astype(np.float64)
+        expected = np.rint(0.8 * image + 20).transpose(2, 0, 1)
+        assert np.abs(mapper(dataset[0])["image"].numpy() - expected).max() <= 1
+
+    def test_recipes_are_read_anew_for_every_image(self, blended):
+        make, _ = blended
+        mapper, dataset = make()
+        before = mapper(dataset[0])["image"].clone()
+        mapper._partners[0] = -1
+        assert not torch.equal(mapper(dataset[0])["image"], before)
+
+
+@pytest.mark.parametrize(
+    ("opts", "named"),
+    [
+        (["KD.KCD.EPSILON", 0.5], "at most 0.3"),
+        (["KD.KCD.MIN_PER_CLASS", 2], "KD.KCD.MIN_PER_CLASS"),
+        (["KD.KCD.RHO", 0.0], "(0, 1]"),
+        (["KD.KCD.RHO", 1.5], "(0, 1]"),
+        (["KD.KCD.PERIOD", 0], "period 0"),
+        (["KD.KCD.SCHEDULE", "exponential"], "'exp'"),
+        (["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"], "TrainingSampler"),
+        (["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "DistilledRCNN"),
+    ],
+)
+def test_what_kcd_cannot_do_here_is_refused_before_anything_is_read(opts, named, refuses):
+    cfg = get_cfg()
+    cfg.merge_from_list(["MODEL.META_ARCHITECTURE", "DistilledRCNN", "KD.KCD.ENABLED", True, *opts])
+    with refuses(named):
+        check_kcd(cfg)
+
+
+def test_a_data_set_of_another_length_is_refused(make_cfg, refuses):
+    state = CondensedRun(make_cfg("short")).condensation
+    other = Condensation(IMAGES + 1, rho=0.5, period=PERIOD, total=TOTAL, batch=BATCH)
+    with refuses(f"a ledger of {IMAGES} points", f"{IMAGES + 1} points"):
+        state.load_state_dict(other.state_dict())
