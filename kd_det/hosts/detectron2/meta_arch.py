@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from kd_det.adaptors import crop_to
 from kd_det.checks import fail
 from kd_det.config import read_terms
+from kd_det.detection_terms import check_detection_terms
 from kd_det.distiller import Distiller
 from kd_det.hosts.detectron2 import taps as host_taps
 from kd_det.hosts.detectron2 import teacher_pass
 from kd_det.hosts.detectron2.teacher import Teacher, build_teacher
-from kd_det.hosts.detectron2.term_checks import check_terms
 from kd_det.hosts.detectron2.uncertainty import anchor_values, roi_values
 from kd_det.losses.base import zero_in_graph
 from kd_det.registry import LOSSES
@@ -137,7 +137,7 @@ class DistillMixin(nn.Module):
         teacher = distillation.teacher.frozen.model
         teacher_pass.check_formats(distillation.input_format, distillation.teacher.input_format)
         terms = distillation.terms
-        check_terms(terms)
+        check_detection_terms(terms)
         check_heads(terms, host_taps.sigmoid_heads(self) | host_taps.sigmoid_heads(teacher))
         wanted_s = {s for term in terms for s, _ in term.taps}
         wanted_t = {t for term in terms for _, t in term.taps}

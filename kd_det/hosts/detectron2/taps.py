@@ -24,6 +24,7 @@ import torch
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import nn
 
+from kd_det.detection_terms import BOX_TAPS
 from kd_det.losses import TapSpec
 from kd_det.taps import Tap, TapRecorder
 
@@ -32,8 +33,6 @@ Specs = dict[str, TapSpec | list[TapSpec]]
 # A stock meta-architecture. As nn.Module its attributes would all be "Tensor | Module".
 StockModel = Any
 
-#: Taps that the teacher answers for the student's boxes.
-BOX_TAPS = ("box_pooled", "box_features", "box_logits")
 
 _PROBE_SIZE = 256  # pixels; enough for one cell at stride 128 after padding
 

@@ -23,12 +23,12 @@ from torch.multiprocessing import ProcessRaisedException
 
 from kd_det.checks import KDError
 from kd_det.config import merge_config, read_terms
+from kd_det.detection_terms import check_detection_terms
 from kd_det.hosts.detectron2.condensed import check_kcd
 from kd_det.hosts.detectron2.config import get_cfg
 from kd_det.hosts.detectron2.datasets import prepare_datasets, register_datasets
 from kd_det.hosts.detectron2.pre_stage import prepare_pre_stage
 from kd_det.hosts.detectron2.teacher import find_config
-from kd_det.hosts.detectron2.term_checks import check_terms
 from kd_det.hosts.detectron2.trainer import Trainer
 from kd_det.runs import check_devices, check_output_dir, under_torchrun
 
@@ -59,7 +59,7 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         return
     check_output_dir(cfg.OUTPUT_DIR, args.resume)
     if cfg.KD.ENABLED and cfg.MODEL.META_ARCHITECTURE.startswith("Distilled"):
-        check_terms(read_terms(cfg))
+        check_detection_terms(read_terms(cfg))
         find_config(cfg.KD.TEACHER.CONFIG_FILE)
     check_kcd(cfg)
 

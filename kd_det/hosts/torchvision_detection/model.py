@@ -16,12 +16,12 @@ from kd_det.distiller import Distiller
 from kd_det.hosts.torchvision_detection.pre_stage import TeacherCaptures
 from kd_det.hosts.torchvision_detection.taps import (
     ANCHORS,
+    BOX_TAPS,
     BOXES,
     FEATURES,
     IMAGES,
     MASK_BOXES,
     MASK_CLASSES,
-    ROI_TAPS,
     TRANSFORMED,
     anchors_per_level,
     context_taps,
@@ -120,7 +120,7 @@ class DistilledDetector(nn.Module):
         self._uncertain = next(n for n in _UNCERTAIN if n in student_table.taps) if values else None
         wanted = {TRANSFORMED, IMAGES}
         wanted |= {ANCHORS, FEATURES} if "anchors" in self._needs else set()
-        wanted |= {BOXES} if {*teacher_names, self._uncertain} & {*ROI_TAPS} else set()
+        wanted |= {BOXES} if {*teacher_names, self._uncertain} & {*BOX_TAPS} else set()
         wanted |= {MASK_BOXES} if "mask_logits" in (*student_names, *teacher_names) else set()
         self._taps = {n: t for n, t in context_taps(student).items() if n in wanted}
         names = [*student_names, *([self._uncertain] if self._uncertain else [])]

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_det.checks import KDError, fail, nearest
+from kd_det.detection_terms import BOX_TAPS
 from kd_det.losses.base import TapSpec
 from kd_det.taps import Tap, TapRecorder
 
@@ -45,9 +46,7 @@ MASK_CLASSES = "mask_classes"  # computed from the recorded boxes, not recorded
 Detector = Any
 
 LOGITS = ("box_logits", "mask_logits", "cls_logits")
-#: One row per sampled RoI, in the order in which the box branch computes them.
-ROI_TAPS = ("box_pooled", "box_features", "box_logits")
-HEAD_TAPS = (*LOGITS, *ROI_TAPS)
+HEAD_TAPS = (*LOGITS, *BOX_TAPS)
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from torch.nn import functional as F
 
 from kd_det.adaptors import crop_to
 from kd_det.hosts.torchvision_detection.taps import (
+    BOX_TAPS,
     BOXES,
     HEAD_TAPS,
     IMAGES,
     MASK_BOXES,
     MASK_CLASSES,
-    ROI_TAPS,
     TRANSFORMED,
     Detector,
     TapTable,
@@ -83,7 +83,7 @@ class TeacherPass:
         # The pooler reads off the scale of its levels from these sizes: those of the padded
         # batch are exact where the teacher pads more than the student.
         sizes = [(x.shape[-2], x.shape[-1])] * len(x)
-        if any(name in ROI_TAPS for name in self.wanted):
+        if any(name in BOX_TAPS for name in self.wanted):
             pooled = model.roi_heads.box_roi_pool(features, recorded[BOXES], sizes)
             values |= self._box_branch(model.roi_heads, pooled)
         if "mask_logits" in self.wanted:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 
 from torch import nn
 
 from kd_det.checks import check_known, fail
-from kd_det.hosts.torchvision_detection.taps import LOGITS, ROI_TAPS, TapTable
+from kd_det.detection_terms import check_detection_terms
+from kd_det.hosts.torchvision_detection.taps import LOGITS, TapTable
 from kd_det.registry import LOSSES
 from kd_det.terms import Term, check_heads
 
@@ -37,6 +37,7 @@ def check_terms(
     Raises:
         KDError: see :class:`~kd_det.hosts.torchvision_detection.model.DistilledDetector`.
     """
+    check_detection_terms(terms)
     check_heads(terms, _SIGMOID_TAPS)
     for term in terms:
         if term.name in _TASK_LOSSES:
@@ -45,14 +46,6 @@ def check_terms(
                 received=f"'{term.name}', the name of a task loss",
                 remedy="rename the entry in KD.TERMS",
             )
-        if term.clip != "none":
-            fail(
-                expected=f"term '{term.name}' without a clip: detectors add up their losses and "
-                "take one gradient",
-                received=f"CLIP {term.clip}",
-                remedy="set CLIP: none, and for MHGD REDUCTION: mean with a WEIGHT of its own",
-            )
-        _check_rows(term)
         if "anchors" in LOSSES.get(term.loss).needs:
             for tap, _ in term.taps:
                 check_known(f"tap with anchors for term '{term.name}'", tap, student_table.levels)
@@ -94,29 +87,3 @@ def _check_logits(
                 received=f"anchors per cell: student {layouts[0]}, teacher {layouts[1]}",
                 remedy="use the same MODEL.FPN.LEVELS and MODEL.ANCHOR_GENERATOR on both sides",
             )
-
-
-def _check_rows(term: Term) -> None:
-    """Rows are images, RoIs, positive RoIs or anchors; only rows of one kind correspond."""
-    pairs = [(_rows(s), _rows(t)) for s, t in term.taps]
-    for (s, t), (own, other) in zip(term.taps, pairs, strict=True):
-        if own != other:
-            fail(
-                expected=f"term '{term.name}' to compare {own} with {own}",
-                received=f"student {s} with teacher {t}, one row for each of the {other}",
-                remedy="tap the same kind of rows on both sides",
-            )
-    # Losses over a graph relate the rows of all their taps.
-    arguments = inspect.signature(LOSSES.get(term.loss).__init__).parameters
-    if "gather" in arguments and len(set(pairs)) > 1:
-        fail(
-            expected=f"all taps of term '{term.name}' ({term.loss}) to have the same nodes",
-            received=", ".join(f"{s}: {_rows(s)}" for s, _ in term.taps),
-            remedy=f"tap maps only, or only {', '.join(ROI_TAPS)}",
-        )
-
-
-def _rows(tap: str) -> str:
-    if tap in ROI_TAPS:
-        return "RoIs"
-    return {"mask_logits": "positive RoIs", "cls_logits": "anchors"}.get(tap, "images")

@@ -1,4 +1,4 @@
-"""What this host refuses about terms before anything is trained."""
+"""What every detection host refuses about terms before anything is trained."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import inspect
 from collections.abc import Sequence
 
 from kd_det.checks import fail
-from kd_det.hosts.detectron2.taps import BOX_TAPS
 from kd_det.registry import LOSSES
 from kd_det.terms import Term
 
+BOX_TAPS = ("box_pooled", "box_features", "box_logits")
+"""Taps with one row for each sampled box."""
 
-def check_terms(terms: Sequence[Term]) -> None:
-    """Refuse terms that this host's loop or its taps cannot serve.
+
+def check_detection_terms(terms: Sequence[Term]) -> None:
+    """Refuse terms that a detector's loop or its taps cannot serve.
 
     Raises:
         KDError: a clipped term, or taps whose rows do not correspond.
