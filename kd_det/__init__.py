@@ -1,4 +1,4 @@
-"""kd_det: make a small detector learn from a large one.
+"""kd_det: make a small detector or classifier learn from a large one.
 
 The core needs torch and fvcore only; everything that knows a framework is in
 :mod:`kd_det.hosts` and is imported on demand.

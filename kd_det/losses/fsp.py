@@ -1,5 +1,6 @@
 """FSP: flow of solution procedure (Yim et al., "A Gift from Knowledge Distillation: Fast
-Optimization, Network Minimization and Transfer Learning", CVPR 2017).
+Optimization, Network Minimization and Transfer Learning", CVPR 2017,
+https://openaccess.thecvf.com/content_cvpr_2017/html/Yim_A_Gift_From_CVPR_2017_paper.html).
 
 Shapes: two maps of one network, first ``[N, m, h, w]`` and second ``[N, n, h', w']``, give one FSP
 matrix per sample, ``[N, m, n]``: which channels of the two layers fire together.

@@ -1,7 +1,7 @@
 """Greedy search of loss weights: the best value of one config key, then of the next.
 
-The order of Mutual Teaching with Knowledge Graphs: IRG's supplement finds the weight of the logits
-first, then, with that one fixed, the weight of the edges, then that of the movements.
+The order of IRG's supplement: first the weight of the logits, then, with that one fixed, the weight
+of the edges, then that of the movements.
 """
 
 from kd_det.tuning.search import Point, Sweep, greedy_search
