@@ -1,6 +1,8 @@
 """IRG: instance relationship graph (Liu et al., "Knowledge Distillation via Instance Relationship
-Graph", CVPR 2019). The authors' Caffe layers and prototxt files are the reference; where ours
-differ and why is told in ``docs/methods/irg.md``.
+Graph", CVPR 2019,
+https://openaccess.thecvf.com/content_CVPR_2019/html/Liu_Knowledge_Distillation_via_Instance_Relationship_Graph_CVPR_2019_paper.html).
+The authors' Caffe layers and prototxt files are the reference; where ours differ and why is told in
+``docs/methods/irg.md``.
 
 Samples are nodes; :mod:`kd_det.losses.irg_graph` defines them, their relations and all shapes.
 """

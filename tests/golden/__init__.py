@@ -1,8 +1,8 @@
 """Check golden files: ``python -m tests.golden FILE...``.
 
-Prints the error of every ``out_``, ``grad_`` and ``gradnb_`` key in float64 and float32 and exits with 1 if
-one is outside its tolerance, or if a file holds a method nothing here can check. Each module of
-this folder offers ``CHECKS``: a method's name to the function that recomputes a file.
+Prints the error of every ``out_``, ``grad_`` and ``gradnb_`` key in float64 and float32 and exits
+with 1 if one is outside its tolerance, or if a file holds a method nothing here can check. Each
+module of this folder offers ``CHECKS``: a method's name to the function that recomputes a file.
 """
 
 from __future__ import annotations
