@@ -202,9 +202,10 @@ def gained(numbers: list[float], baseline: list[float], deviations: int) -> str:
     difference = statistics.mean(numbers) - statistics.mean(baseline)
     # The larger of the two spreads: neither row may look steadier than the other.
     noise = max(statistics.stdev(numbers), statistics.stdev(baseline))
-    verdict = (
-        f"**more than {deviations} sd**" if difference > deviations * noise else "within noise"
-    )
+    if abs(difference) <= deviations * noise:
+        verdict = "within noise"
+    else:
+        verdict = f"**{'more than' if difference > 0 else 'lost, more than'} {deviations} sd**"
     return f"{difference:+.2f} ({verdict})"
 
 
