@@ -260,7 +260,7 @@ def test_bf16_autocast_agrees_with_float32(tmp_path):
     for enabled in (False, True):
         torch.manual_seed(5)
         with EventStorage(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            values.append({k: float(v) for k, v in model(batch()).items()})
+            values.append({k: v.item() for k, v in model(batch()).items()})
     for term in ("review", "hint", "imitation"):  # features: no box depends on the precision
         assert values[1][term] == pytest.approx(values[0][term], rel=0.05, abs=1e-3), term
 

@@ -101,7 +101,7 @@ def test_a_pre_stage_runs_first_and_is_reused(digits_config, tmp_path):
     for name in ("last.ckpt", "model_final.pth", "metrics.json"):
         (tmp_path / "again" / name).unlink()
     steps.clear()
-    with pytest.raises(KDError, match=r"pre-stage.*--resume"):
+    with pytest.raises(KDError, match=r"pre_stage.*--resume"):
         run(cfg, progress=lambda *_: None)
     run(cfg, resume=True, progress=lambda *step: steps.append(step))
     assert not any(kind == "pre-stage" for kind, *_ in steps)
