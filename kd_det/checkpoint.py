@@ -82,7 +82,7 @@ def load_student(
     """Load a start for training, or all weights for evaluation.
 
     Args:
-        student: the stock detector.
+        student: the stock detector; a distiller inside it stays as it is.
         weights: a file that :func:`kd_det.checkpoint.read_weights` reads.
         complete: every key must be there, as evaluation needs. Otherwise heads of another class
             count or absent ones keep their random start, and are listed.
@@ -91,7 +91,7 @@ def load_student(
     Raises:
         KDError: nothing in the file fits, or not everything where it must.
     """
-    own, given = student.state_dict(), read_weights(weights)
+    own, given = strip_distiller(student.state_dict()), read_weights(weights)
     given = rename(given) if rename else given
     fitting = {k: v for k, v in given.items() if k in own and v.shape == own[k].shape}
     lacking = [key for key in own if key not in fitting]
@@ -118,8 +118,11 @@ def load_distiller(distiller: nn.Module, path: str | Path) -> None:
         for key, value in read_weights(path, keep_distiller=True).items()
         if key.startswith(DISTILLER_PREFIX)
     }
+    # Steps and the measurements of KD.BALANCE belong to the run they were made in.
     fitting = {
-        k: v for k, v in given.items() if k in own and v.shape == own[k].shape and k != "step"
+        k: v
+        for k, v in given.items()
+        if k in own and v.shape == own[k].shape and k != "step" and not k.startswith("balance.")
     }
     if not fitting:
         fail(

@@ -21,10 +21,16 @@ def fail(*, expected: str, received: str, remedy: str) -> NoReturn:
 def nearest(name: str, known: Iterable[str]) -> str:
     """``"did you mean 'x'? known: ..."``, the remedy for every unknown name."""
     names = sorted(set(known))
-    lowered = {candidate.lower(): candidate for candidate in names}
-    close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
-    hint = f"did you mean '{lowered[close[0]]}'? " if close else ""
+    close = closest(name, names)
+    hint = f"did you mean '{close}'? " if close else ""
     return f"{hint}known: {', '.join(names) or '(none)'}"
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like ``name``, whatever the case; None if none is."""
+    lowered = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
+    return lowered[close[0]] if close else None
 
 
 def check_known(what: str, name: str, known: Iterable[str]) -> None:

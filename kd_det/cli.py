@@ -8,12 +8,14 @@ import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fvcore.common.config import CfgNode
 
 from kd_det.checks import KDError, fail
 from kd_det.config import read_host
-from kd_det.stages import read_plan, run_plan
+from kd_det.runs import check_output_dir
+from kd_det.stages import Host, read_plan, run_plan
 
 INSTALL_GUIDE = "https://detectron2.readthedocs.io/tutorials/install.html"
 
@@ -49,13 +51,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             require_detectron2()
         entry = importlib.import_module(f"kd_det.hosts.{host}.train").main
         plan = read_plan(args.config_file, args.opts)
-        results = run_plan(entry, args, plan)
+        results = run_plan(_preflighted(entry) if plan.preflight else entry, args, plan)
         if plan.seeds and results:
             print(_table(results, len(plan.seeds)))
     except KDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _preflighted(host: Host) -> Host:
+    """The host's entry point; in front of a new run, a preflight on the first process."""
+
+    def entry(args: argparse.Namespace) -> Any:
+        first = int(os.environ.get("RANK", 0)) == 0 and args.machine_rank == 0
+        if first and not (args.eval_only or args.resume):
+            cfg = load_config(args.config_file, args.opts)
+            check_output_dir(cfg.OUTPUT_DIR, resume=False)
+            # Not needed by, and not loaded for, runs without one.
+            importlib.import_module("kd_det.preflight").require(cfg)
+        return host(args)
+
+    return entry
 
 
 def _table(summary: Mapping[str, Mapping[str, Mapping[str, float]]], seeds: int) -> str:

@@ -10,12 +10,13 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode
 
+from kd_det.balance import build_balance
 from kd_det.checks import KDError, check_known, fail, nearest
 from kd_det.terms import Term, parse_terms
 
 HOSTS = ("detectron2", "torchvision_detection", "classification")
 
-_OPEN_NODES = ("KD.TERMS.", "DATASETS.COCO_JSON.")
+_OPEN_NODES = ("KD.TERMS.", "KD.CLASS_MAP.", "KD.BALANCE.SHARES.", "DATASETS.COCO_JSON.")
 
 
 def add_kd_config(cfg: CfgNode) -> None:
@@ -32,6 +33,13 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.TEACHER.WEIGHTS = ""
     # Only this allows an untrained teacher.
     cfg.KD.TEACHER.ALLOW_RANDOM = False
+    # Preflight refuses a teacher whose box AP (top-1 accuracy of a classifier) on the validation
+    # images it looks at is lower, in percent. 0: no floor.
+    cfg.KD.TEACHER.MIN_AP = 0.0
+    # Names of its classes, in the order of its outputs, where its training data does not tell.
+    cfg.KD.TEACHER.CLASS_NAMES = []
+    # Student's class name -> teacher's, where the names differ.
+    cfg.KD.CLASS_MAP = node(new_allowed=True)
     # name of the logged loss -> {LOSS, WEIGHT, TAPS, SCHEDULE, further loss arguments}
     cfg.KD.TERMS = node(new_allowed=True)
     # Names of the terms that are on; empty: all. STAGES sets it.
@@ -43,8 +51,15 @@ def add_kd_config(cfg: CfgNode) -> None:
     # Of the task losses beside the terms (w_ce of classifier recipes). 0 trains with the terms
     # alone: the first stage of FSP and of the original FitNet.
     cfg.KD.TASK_WEIGHT = 1.0
+    _add_balance(cfg)
     _add_pre_stage(cfg)
     _add_kcd(cfg)
+    # Look at the run for two minutes before it starts; see kd_det.preflight.
+    cfg.PREFLIGHT = False
+    # Loggers beside metrics.json and TensorBoard, by name: wandb, mlflow.
+    cfg.LOGGERS = []
+    # Iterations between two pictures of what is distilled, into TensorBoard. 0: none.
+    cfg.VIS_PERIOD = 0
     # Runs one after the other: [{NAME, TERMS, TASK, CARRY, OVERRIDES}]; see kd_det.stages.
     cfg.STAGES = []
     # Several seeds in one command, each in OUTPUT_DIR/seed_<n>.
@@ -53,6 +68,23 @@ def add_kd_config(cfg: CfgNode) -> None:
         cfg.DATASETS = node()
     # name -> [json, image_root]: any COCO-format data set without code.
     cfg.DATASETS.COCO_JSON = node(new_allowed=True)
+
+
+def _add_balance(cfg: CfgNode) -> None:
+    """How the weights of the terms follow the run; the published methods keep them constant."""
+    node = type(cfg)
+    cfg.KD.BALANCE = node()
+    # none, measure (log the shares only), gradient_share, gradnorm or uncertainty.
+    cfg.KD.BALANCE.NAME = "none"
+    # Of gradient_share: term -> its share of the gradient on the shared parameters; the rest is
+    # the task's.
+    cfg.KD.BALANCE.SHARES = node(new_allowed=True)
+    # Iterations between two measurements; each costs a backward pass per term and one of the task.
+    cfg.KD.BALANCE.PERIOD = 10
+    # Of gradnorm, as in its paper: how strongly a loss that falls more slowly is pulled after the
+    # others, and the relative step of a weight.
+    cfg.KD.BALANCE.ALPHA = 1.5
+    cfg.KD.BALANCE.LR = 0.025
 
 
 def _add_pre_stage(cfg: CfgNode) -> None:
@@ -133,10 +165,11 @@ def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str] = ()) -> Cf
 
     Raises:
         KDError: an unknown key (the nearest known key is suggested) or a value of the wrong
-            type; or a term that :func:`read_terms` refuses.
+            type; a term that :func:`read_terms` refuses, or a ``KD.BALANCE`` that
+            :func:`kd_det.balance.build_balance` does.
     """
     known = list(_keys(cfg))
-    load_yaml(config_file)
+    _check_keys(load_yaml(config_file))
     try:
         cfg.merge_from_file(config_file)
         _merge_options(cfg, opts)
@@ -146,7 +179,7 @@ def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str] = ()) -> Cf
         _explain(error, known)
     check_known("HOST", cfg.HOST, HOSTS)
     if cfg.KD.ENABLED:
-        read_terms(cfg)
+        build_balance(cfg, read_terms(cfg))
     return cfg
 
 
@@ -157,6 +190,28 @@ def read_terms(cfg: CfgNode) -> list[Term]:
     for name in active:
         check_known("term in KD.ACTIVE_TERMS", name, [term.name for term in terms])
     return [term for term in terms if not active or term.name in active]
+
+
+def _check_keys(node: Any, where: str = "") -> None:
+    """Names of classes may be numbers, which YAML does not take for text."""
+    if not isinstance(node, dict):
+        return
+    for key, value in node.items():
+        if not isinstance(key, str):
+            fail(
+                expected=f"text as the keys{f' of {where}' if where else ''}",
+                received=f"{key!r} ({type(key).__name__})",
+                remedy=f"put it in quotes: '{key}'",
+            )
+        _check_keys(value, f"{where}.{key}" if where else key)
+
+
+def without_distillation(cfg: CfgNode) -> CfgNode:
+    """A thawed copy of a run's config that describes the plain student."""
+    stock = cfg.clone()
+    stock.defrost()
+    stock.KD = type(cfg)({"ENABLED": False})
+    return stock
 
 
 def _merge_options(cfg: CfgNode, opts: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd_det.balance import Balance
 from kd_det.checks import check_known, fail
 from kd_det.losses.base import DistillLoss, TapSpec, zero_in_graph
 from kd_det.registry import LOSSES
@@ -31,6 +32,13 @@ class Distiller(nn.Module):
             for several tensors (``box_logits`` of a cascade).
         context: names of the context the caller offers, for losses that need it.
         report_period: number of steps after which terms that contributed nothing are reported.
+        balance: adapts the weights to the run, see :mod:`kd_det.balance`; None keeps them as they
+            are configured.
+
+    Attributes:
+        metrics: of the last forward, detached scalars for logging: ``raw/<term>``, the loss
+            without its weight; ``weight/<term>``, all that it was multiplied by; and, in steps in
+            which the balance measured them, ``share/task`` and ``share/<term>``.
 
     Raises:
         KDError: an unknown loss, tap, schedule or argument, or taps that cannot be bridged.
@@ -51,6 +59,7 @@ class Distiller(nn.Module):
         teacher_specs: Mapping[str, TapSpec | Sequence[TapSpec]],
         context: Collection[str] = (),
         report_period: int = 1000,
+        balance: Balance | None = None,
     ) -> None:
         super().__init__()
         self.specs = list(parse_terms(terms) if isinstance(terms, Mapping) else terms)
@@ -59,6 +68,8 @@ class Distiller(nn.Module):
         for term in self.specs:
             self.terms[term.name] = build_loss(term, student_specs, teacher_specs, context)
             self.schedules[term.name] = build_schedule(f"term '{term.name}'", term.schedule)
+        self.balance = Balance(self.specs) if balance is None else balance
+        self.metrics: dict[str, Tensor] = {}
         # On the device for the checkpoint, as an int for the schedules: reading it back from a
         # GPU in every step would make the host wait.
         self.step: Tensor
@@ -74,6 +85,8 @@ class Distiller(nn.Module):
         student: Mapping[str, Any],
         teacher: Mapping[str, Any],
         context: Mapping[str, Any] | None = None,
+        task: Mapping[str, Tensor] | None = None,
+        shared: Sequence[nn.Parameter] | None = None,
     ) -> dict[str, Tensor]:
         """Weighted scalar losses by term name, and nothing else: trainers sum the dict.
 
@@ -83,25 +96,53 @@ class Distiller(nn.Module):
             teacher: likewise for the teacher.
             context: what losses need beyond features. A mapping by tap name is narrowed to the
                 term's taps, in their order.
+            task: the student's own losses by name, for a balance.
+            shared: the student's parameters on which a balance compares gradients.
         """
-        losses = {}
+        raw: dict[str, Tensor] = {}
+        inputs: dict[str, list[Tensor]] = {}
         for term in self.specs:
             loss: DistillLoss = self.terms[term.name]  # type: ignore[assignment]
             s = _gather([tap for tap, _ in term.taps], student)
             t = _gather([tap for _, tap in term.taps], teacher)
             extra = {name: _narrow((context or {})[name], term) for name in loss.needs}
-            raw = loss(s, t, **extra)
-            weight = term.weight * self.schedules[term.name](self._step)
-            # A weight of 0 must not let a non-finite loss or gradient through: 0 * inf is nan.
-            weighted = raw * weight if weight else zero_in_graph([*s, *loss.parameters()])
-            losses[term.name] = weighted
-            self._note(term.name, weighted)
+            raw[term.name] = loss(s, t, **extra)
+            inputs[term.name] = [*s, *loss.parameters()]
+        losses = self._weigh(raw, inputs, task, shared)
         if self.training:
             self.step += 1
             self._step += 1
             self._steps_since_report += 1
             if self._steps_since_report >= self.report_period:
                 self.report_silent()
+        return losses
+
+    def _weigh(
+        self,
+        raw: Mapping[str, Tensor],
+        inputs: Mapping[str, Sequence[Tensor]],
+        task: Mapping[str, Tensor] | None,
+        shared: Sequence[nn.Parameter] | None,
+    ) -> dict[str, Tensor]:
+        factors = {name: schedule(self._step) for name, schedule in self.schedules.items()}
+        measured = {}
+        if self.training and torch.is_grad_enabled():
+            measured = self.balance.observe(raw, factors, task, shared, self._step)
+        self.metrics = {f"share/{name}": share for name, share in measured.items()}
+        losses = {}
+        for name, factor in factors.items():
+            weight = self.balance.weight(name, factor)
+            if self.balance.configured[name] * factor:
+                losses[name] = self.balance.weigh(name, raw[name], factor)
+                self._note(name, raw[name])
+            else:
+                # It must not let a non-finite loss or gradient through: 0 * inf is nan.
+                losses[name] = zero_in_graph([*inputs[name], *self.balance.parameters()])
+                self._note(name, losses[name])
+            if not isinstance(weight, Tensor):
+                # Filled in on the device: copying a number there would make the host wait.
+                weight = torch.full_like(raw[name].detach(), weight)
+            self.metrics |= {f"raw/{name}": raw[name].detach(), f"weight/{name}": weight}
         return losses
 
     def report_silent(self) -> list[str]:
@@ -118,8 +159,8 @@ class Distiller(nn.Module):
         self._steps_since_report = 0
         return silent
 
-    def _note(self, name: str, weighted: Tensor) -> None:
-        active = weighted.detach() != 0
+    def _note(self, name: str, loss: Tensor) -> None:
+        active = loss.detach() != 0
         previous = self._active.get(name)
         self._active[name] = active if previous is None else previous | active
 

@@ -32,6 +32,7 @@ from kd_det.config import literal, load_yaml
 
 FINAL, RESULTS, SEED_RESULTS = "model_final.pth", "results.json", "seeds.json"
 CARRIED = ("student", "distiller")
+_PLANNED = ("OUTPUT_DIR", "STAGES", "SEEDS", "PREFLIGHT")
 _KEYS = ("NAME", "TERMS", "TASK", "CARRY", "OVERRIDES")
 
 Host = Callable[[argparse.Namespace], Any]
@@ -81,11 +82,13 @@ class Plan:
         output: ``OUTPUT_DIR``.
         stages: empty for a run in one piece.
         seeds: empty for the config's own seed.
+        preflight: whether each run is looked at before it starts.
     """
 
     output: Path
     stages: tuple[Stage, ...] = ()
     seeds: tuple[int, ...] = ()
+    preflight: bool = False
 
 
 def read_plan(config_file: str, opts: Sequence[str] = ()) -> Plan:
@@ -96,7 +99,7 @@ def read_plan(config_file: str, opts: Sequence[str] = ()) -> Plan:
     """
     content: dict[str, Any] = load_yaml(config_file)
     given = {key: literal(value) for key, value in zip(opts[::2], opts[1::2], strict=False)}
-    found = {key: given.get(key, content.get(key)) for key in ("OUTPUT_DIR", "STAGES", "SEEDS")}
+    found = {key: given.get(key, content.get(key)) for key in _PLANNED}
     stages = tuple(_parse_stage(node) for node in _listed("STAGES", found["STAGES"]))
     seeds = tuple(_listed("SEEDS", found["SEEDS"]))
     for seed in seeds:
@@ -113,7 +116,8 @@ def read_plan(config_file: str, opts: Sequence[str] = ()) -> Plan:
                 received=", ".join(map(str, names)),
                 remedy="give each a value of its own",
             )
-    return Plan(Path(str(found["OUTPUT_DIR"] or "./output")), stages, seeds)
+    output = Path(str(found["OUTPUT_DIR"] or "./output"))
+    return Plan(output, stages, seeds, preflight=bool(found["PREFLIGHT"]))
 
 
 def run_plan(host: Host, args: argparse.Namespace, plan: Plan) -> Any:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,6 +113,45 @@ def load_strict(
             remedy="give the weights that were trained with exactly this teacher config",
         )
     model.load_state_dict(given, strict=False)
+
+
+def check_teacher_config(config_file: str, example: str) -> None:
+    """Refuse a ``KD.TEACHER.CONFIG_FILE`` that is not there.
+
+    Args:
+        config_file: its value.
+        example: a path to suggest.
+
+    Raises:
+        KDError: it is empty, or no file.
+    """
+    if not config_file or not Path(config_file).is_file():
+        fail(
+            expected="KD.TEACHER.CONFIG_FILE to name the teacher's complete config",
+            received=f"'{config_file}'",
+            remedy=f"give a path such as {example}, or set KD.ENABLED False",
+        )
+
+
+def check_teacher_weights(weights: str, config_file: str, allow_random: bool) -> None:
+    """Refuse an untrained teacher that nobody asked for.
+
+    Args:
+        weights: what the teacher would be loaded from.
+        config_file: the teacher's config, for the message.
+        allow_random: ``KD.TEACHER.ALLOW_RANDOM``.
+
+    Raises:
+        KDError: there are no weights and no permission.
+    """
+    if not weights and not allow_random:
+        fail(
+            expected="KD.TEACHER.WEIGHTS to name the teacher's weights",
+            received="''",
+            remedy=f"train {config_file} and give its model_final.pth, or any .pkl, .pth or "
+            ".safetensors file of it; set KD.TEACHER.ALLOW_RANDOM True to distil from an "
+            "untrained teacher on purpose",
+        )
 
 
 def _matches(key: str, endings: tuple[str, ...]) -> bool:

@@ -154,3 +154,30 @@ def test_without_a_config_the_usage_is_shown(capsys):
         main([])
     assert error.value.code == 2
     assert "--config-file" in capsys.readouterr().err
+
+
+def test_preflight_goes_before_a_new_run_only_and_stops_what_it_refuses(
+    write, host, tmp_path, monkeypatch, capsys
+):
+    looked_at = []
+
+    def require(cfg):
+        looked_at.append(cfg.OUTPUT_DIR)
+        if cfg.SOLVER.MAX_ITER == 7:
+            fail(expected="a sound run", received="this", remedy="another")
+
+    module = ModuleType("kd_det.preflight")
+    module.require = require
+    monkeypatch.setitem(sys.modules, "kd_det.preflight", module)
+    calls = host()
+    output = str(tmp_path / "run")
+    config = write(f"HOST: torchvision_detection\nPREFLIGHT: True\nOUTPUT_DIR: {output}")
+    assert main(["--config-file", config]) == 0
+    assert (len(calls), looked_at) == (1, [output])
+    for flag in ("--resume", "--eval-only"):
+        assert main(["--config-file", config, flag]) == 0
+    assert main(["--config-file", config, "PREFLIGHT", "False"]) == 0
+    assert (len(calls), looked_at) == (4, [output])
+    assert main(["--config-file", config, "SOLVER.MAX_ITER", "7"]) == 2
+    assert (len(calls), len(looked_at)) == (4, 2)
+    assert "expected a sound run" in one_error(capsys)

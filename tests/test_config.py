@@ -41,7 +41,8 @@ def write(tmp_path):
 def test_defaults_distil_nothing_and_refuse_a_random_teacher(cfg):
     assert cfg.HOST == "detectron2"
     assert cfg.KD.ENABLED is True
-    assert cfg.KD.TEACHER == {"CONFIG_FILE": "", "WEIGHTS": "", "ALLOW_RANDOM": False}
+    teacher = {"CONFIG_FILE": "", "WEIGHTS": "", "ALLOW_RANDOM": False}
+    assert cfg.KD.TEACHER == {**teacher, "CLASS_NAMES": [], "MIN_AP": 0.0}
     assert read_terms(cfg) == []
 
 

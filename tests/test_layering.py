@@ -28,13 +28,18 @@ HOST_LIBRARIES = [
 
 # What a module of the core may import besides the standard library, torch and the core itself.
 EXTRA = {
+    "class_names": {"fvcore"},
     "cli": {"fvcore"},
     "registry": {"fvcore"},
     "config": {"fvcore", "yaml"},
+    "workbench": {"fvcore"},
     "checkpoint": {"safetensors"},
+    "detection_kcd": {"fvcore"},
 }
 
-CORE = sorted([*PACKAGE.glob("*.py"), *(PACKAGE / "losses").glob("*.py")])
+CORE = sorted(
+    [*PACKAGE.glob("*.py"), *(p for d in ("losses", "balance") for p in (PACKAGE / d).glob("*.py"))]
+)
 HOSTS = sorted((PACKAGE / "hosts").rglob("*.py"))
 
 

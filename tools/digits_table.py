@@ -11,7 +11,6 @@ ones continue), and prints mean and sample standard deviation as Markdown.
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -20,6 +19,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kd_det.json_lines import read_json_lines
+from kd_det.report.stats import gain, spread
 
 ROOT = Path(__file__).resolve().parents[1]
 DETECTION = {
@@ -157,8 +159,8 @@ def last(output: Path, key: str) -> float | None:
     if results.is_file():
         return json.loads(results.read_text()).get(kind, {}).get(name)
     path = output / "metrics.json"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    values = [record[key] for record in map(json.loads, lines) if key in record]
+    lines = read_json_lines(path) if path.is_file() else []
+    values = [record[key] for record in lines if key in record]
     return values[-1] if values else None
 
 
@@ -191,22 +193,12 @@ def values(runs: Path, row: str, seeds: list[int], key: str) -> list[float]:
     return [value for value in found if value is not None]
 
 
-def spread(numbers: list[float]) -> str:
-    deviation = f" ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else ""
-    return f"{statistics.mean(numbers):.2f}{deviation}" if numbers else "-"
-
-
 def gained(numbers: list[float], baseline: list[float], deviations: int) -> str:
-    if len(numbers) < 2 or len(baseline) < 2:
+    found = gain(numbers, baseline, deviations)
+    if found is None or found.noise is None:
         return "-"
-    difference = statistics.mean(numbers) - statistics.mean(baseline)
-    # The larger of the two spreads: neither row may look steadier than the other.
-    noise = max(statistics.stdev(numbers), statistics.stdev(baseline))
-    if abs(difference) <= deviations * noise:
-        verdict = "within noise"
-    else:
-        verdict = f"**{'more than' if difference > 0 else 'lost, more than'} {deviations} sd**"
-    return f"{difference:+.2f} ({verdict})"
+    verdict = f"**{found.verdict}**" if found.counts else found.verdict
+    return f"{found.difference:+.2f} ({verdict})"
 
 
 if __name__ == "__main__":

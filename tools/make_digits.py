@@ -11,6 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kd_det.checks import KDError
 from kd_det.data.digits import DigitsSpec, contact_sheet, write_digits
+from kd_det.data.subset_json import write_subset
+
+Paths = dict[str, tuple[Path, Path]]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,7 +34,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--canvas", type=int, default=defaults.canvas, help="height and width of images in pixels"
     )
     parser.add_argument("--seed", type=int, default=defaults.seed, help="what all depends on")
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="DIGIT",
+        help="also write annotations of these classes alone, in this order; all ten permute them",
+    )
+    parser.add_argument("--name", help="of the data set of --classes (default: digits<classes>)")
     return parser.parse_args(argv)
+
+
+def subset(paths: Paths, classes: list[str], name: str | None) -> Paths:
+    """The data set of some classes: its own annotations, the same images."""
+    name, found = name or f"digits{''.join(classes)}", {}
+    for whole, (json_file, image_root) in paths.items():
+        split = f"{name}_{whole.removeprefix('digits_')}"
+        found[split] = (
+            write_subset(json_file, json_file.with_name(f"{split}.json"), classes),
+            image_root,
+        )
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -57,6 +79,8 @@ def main(argv: list[str] | None = None) -> None:
             # A data set that was there already is reused without a single call.
             progress.update(task, completed=spec.train_images + spec.val_images)
         sheet = contact_sheet(args.output, "train", args.output / "contact_sheet.png")
+        if args.classes:
+            paths = subset(paths, args.classes, args.name)
     except KDError as error:
         sys.exit(f"error: {error}")
     for name, (json_file, image_root) in paths.items():

@@ -11,6 +11,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -81,6 +82,35 @@ def check_coco_json(
         "annotations_without_mask": sum(not entry.get("segmentation") for entry in annotations),
         "boxes_of_zero_size": zero_size,
     }
+
+
+def category_names(name: str, json_file: str | Path) -> list[str] | None:
+    """Names of a data set's classes in the order of their ids, which is that of the outputs.
+
+    Args:
+        name: name of the data set, for the messages.
+        json_file: COCO instances annotations.
+
+    Returns:
+        None where the file is not on this machine.
+
+    Raises:
+        KDError: a file that lists no categories with ids and names.
+    """
+    json_file = Path(json_file)
+    if not json_file.is_file():
+        return None
+    state = json_file.stat()
+    return list(_category_names(name, json_file, state.st_mtime_ns, state.st_size))
+
+
+# Student and teacher often share a file, and COCO's takes seconds to read.
+@lru_cache(maxsize=8)
+def _category_names(name: str, json_file: Path, changed: int, size: int) -> tuple[str, ...]:
+    source = f"data set '{name}' ({json_file})"
+    categories = _entries(source, _read(name, json_file), "categories")
+    _check_fields(source, "category", categories, {"name": _is_text})
+    return tuple(c["name"] for c in sorted(categories, key=lambda c: c["id"]))
 
 
 def _read(name: str, json_file: Path) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 from torch import nn
+from torch.optim import SGD
 from torchvision.ops import FrozenBatchNorm2d
 
 _NORMS = (
@@ -24,6 +25,16 @@ def learning_rate_factor(solver: CfgNode, step: int) -> float:
         return factor
     share = step / solver.WARMUP_ITERS
     return factor * (solver.WARMUP_FACTOR * (1 - share) + share)
+
+
+def build_sgd(model: nn.Module, solver: CfgNode) -> SGD:
+    """SGD as ``SOLVER`` says; ``NESTEROV`` where a host has that key."""
+    return SGD(
+        parameter_groups(model, solver.WEIGHT_DECAY, solver.WEIGHT_DECAY_NORM),
+        lr=solver.BASE_LR,
+        momentum=solver.MOMENTUM,
+        nesterov=solver.get("NESTEROV", False),
+    )
 
 
 def parameter_groups(model: nn.Module, decay: float, decay_norm: float) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from kd_det.checks import fail
 from kd_det.distiller import Distiller
 from kd_det.loop.hardware import precision
+from kd_det.loop.module import ResumableModule, check_finite
 from kd_det.prestage import (
     PreStageModel,
     load_pre_stage,
@@ -164,7 +165,7 @@ def train_pre_stage(
     logger.info("pre-stage: %d iterations on the teacher alone, losses %s", iterations, last)
 
 
-class _LitPreStage(pl.LightningModule):
+class _LitPreStage(ResumableModule):
     def __init__(
         self,
         model: PreStageModel,
@@ -179,7 +180,6 @@ class _LitPreStage(pl.LightningModule):
         self.iterations = iterations
         self._captures = captures
         self._loader = loader
-        self._rng: Tensor | None = None
 
     def train_dataloader(self) -> Any:
         trainer = self.trainer
@@ -189,15 +189,10 @@ class _LitPreStage(pl.LightningModule):
 
     def training_step(self, batch: Any, _: int) -> Tensor:
         losses = self.model(self._captures(batch))
-        total = torch.stack(list(losses.values())).sum()
-        if not torch.isfinite(total):
-            raise FloatingPointError(
-                f"the pre-stage is not finite at iteration {self.global_step}: "
-                + ", ".join(f"{k} {v.item():.4g}" for k, v in losses.items())
-                + "; lower KD.PRE_STAGE.BASE_LR"
-            )
+        where = f"the pre-stage is not finite at iteration {self.global_step}"
+        check_finite(where, losses, "lower KD.PRE_STAGE.BASE_LR")
         self.log_dict({name: loss.detach() for name, loss in losses.items()})
-        return total
+        return torch.stack(list(losses.values())).sum()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         node = self.node
@@ -208,17 +203,6 @@ class _LitPreStage(pl.LightningModule):
             nesterov=node.NESTEROV,
             weight_decay=node.WEIGHT_DECAY,
         )
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["rng_state"] = torch.get_rng_state()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._rng = checkpoint["rng_state"]
-
-    def on_train_start(self) -> None:
-        # The checkpoint holds the stream of the first process only.
-        if self._rng is not None and self.trainer.world_size == 1:
-            torch.set_rng_state(self._rng.cpu())
 
 
 def _trainer(
@@ -237,6 +221,7 @@ def _trainer(
         max_epochs=-1,
         logger=CSVLogger(cfg.OUTPUT_DIR, name="pre_stage"),
         callbacks=[saver, *callbacks],
+        enable_progress_bar=any(isinstance(each, pl.callbacks.ProgressBar) for each in callbacks),
         enable_model_summary=False,
         log_every_n_steps=min(_LOG_PERIOD, iterations),
         num_sanity_val_steps=0,

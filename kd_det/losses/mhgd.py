@@ -306,6 +306,22 @@ class MHGDLoss(PreStageLoss):
         )
         return torch.stack([mhgd_loss(s, t, self.reduction) for s, t in pairs]).sum()  # type: ignore[arg-type]
 
+    @torch.no_grad()
+    def graphs(
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The graphs ``[H, B, B]`` of student and teacher that are compared, one per pair of taps.
+
+        Rows sum to 1. Takes what :meth:`forward` takes. Adaptors in training mode update the
+        statistics of their BatchNorm; use a copy where that matters.
+        """
+        targets = self._teacher_rows(teacher)
+        own, others = (
+            [s.tanh().softmax(dim=2) for s in self.network.similarities(self._split(rows))]
+            for rows in (self._student_rows(student, targets), targets)
+        )
+        return own, others
+
     def _teacher_rows(self, teacher: Sequence[Tensor]) -> Tensor:
         """The teacher's vectors of all taps side by side, ``[B, sum C_k]``."""
         return torch.cat([teacher_vectors(self._nodes(t)) for t in teacher], dim=1)

@@ -6,30 +6,15 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from fvcore.common.config import CfgNode
+
+from kd_det.workbench import Workbench, open_workbench
 
 Progress = Callable[[str, int, int], None]
 Results = dict[str, dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Detections:
-    """What a detector sees on one image.
-
-    Attributes:
-        boxes: ``[D, 4]`` absolute ``(x1, y1, x2, y2)`` pixels.
-        classes: ``[D]``, from 0.
-        scores: ``[D]``.
-    """
-
-    boxes: Tensor
-    classes: Tensor
-    scores: Tensor
 
 
 class Host(Protocol):
@@ -45,12 +30,8 @@ class Host(Protocol):
         """
         ...
 
-    def load(self, output: Path) -> nn.Module:
+    def load(self, output: Path) -> Workbench:
         """The trained plain student of a finished run, ready to predict."""
-        ...
-
-    def predict(self, model: nn.Module, image: Tensor) -> Detections:
-        """Detect on one RGB image, uint8 ``[3, H, W]``."""
         ...
 
 
@@ -93,22 +74,11 @@ class TorchvisionHost:
         with log_to(output / "log.txt", "lightning", "lightning.pytorch"):
             return run(cfg, resume=True, progress=progress)
 
-    def load(self, output: Path) -> nn.Module:
+    def load(self, output: Path) -> Workbench:
         """See :class:`Host`."""
         from kd_det.hosts.torchvision_detection.config import load_config
-        from kd_det.hosts.torchvision_detection.lit import set_input_sizes
-        from kd_det.hosts.torchvision_detection.train import build_training_model
 
-        cfg = load_config(str(output / "config.yaml"), [])
-        model = build_training_model(cfg, str(output / "model_final.pth"), distilled=False)
-        set_input_sizes(model, cfg, training=False)
-        return model.eval()
-
-    def predict(self, model: nn.Module, image: Tensor) -> Detections:
-        """See :class:`Host`."""
-        with torch.no_grad():
-            found = model([image.float() / 255])[0]
-        return Detections(found["boxes"], found["labels"] - 1, found["scores"])
+        return _open(load_config(str(output / "config.yaml")), output)
 
 
 class Detectron2Host:
@@ -135,26 +105,15 @@ class Detectron2Host:
         (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         return results
 
-    def load(self, output: Path) -> nn.Module:
+    def load(self, output: Path) -> Workbench:
         """See :class:`Host`."""
-        from detectron2.modeling import build_model
-
-        from kd_det.checkpoint import read_weights, strip_distiller
         from kd_det.hosts.detectron2.train import load_cfg
-        from kd_det.teacher import load_strict
 
-        cfg = load_cfg(str(output / "config.yaml"), ["KD.ENABLED", "False"])
-        model = build_model(cfg)
-        weights = output / "model_final.pth"
-        load_strict(model, strip_distiller(read_weights(weights)), str(weights))
-        return model.eval()
+        return _open(load_cfg(str(output / "config.yaml")), output)
 
-    def predict(self, model: nn.Module, image: Tensor) -> Detections:
-        """See :class:`Host`."""
-        bgr = image.flip(0)  # INPUT.FORMAT of configs/digits
-        with torch.no_grad():
-            found = model([{"image": bgr}])[0]["instances"]
-        return Detections(found.pred_boxes.tensor, found.pred_classes, found.scores)
+
+def _open(cfg: CfgNode, output: Path) -> Workbench:
+    return open_workbench(cfg, str(output / "model_final.pth"), distilled=False)
 
 
 HOSTS: dict[str, type[Host]] = {

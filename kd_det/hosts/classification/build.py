@@ -9,11 +9,13 @@ from fvcore.common.config import CfgNode
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from kd_det.balance import build_balance
 from kd_det.checkpoint import SUFFIXES, load_distiller, load_student
 from kd_det.checks import fail
 from kd_det.condensation import Condensation
 from kd_det.config import read_terms
 from kd_det.hosts.classification.checkpoints import own_names
+from kd_det.hosts.classification.classes import build_class_map
 from kd_det.hosts.classification.data import ClassificationData
 from kd_det.hosts.classification.joint import Booster
 from kd_det.hosts.classification.model import Distillation, DistilledClassifier, Statistics
@@ -65,11 +67,13 @@ def build_training_model(
 
 def _distillation(cfg: CfgNode, student: nn.Module) -> Distillation:
     terms = read_terms(cfg)
+    balance = build_balance(cfg, terms)
     common = (cfg.KD.TASK_WEIGHT, cfg.KD.REPORT_PERIOD)
     if cfg.KD.JOINT.ENABLED:
-        return Distillation(terms, None, None, _booster(cfg, student), *common)
+        return Distillation(terms, None, None, _booster(cfg, student), *common, balance=balance)
+    class_map = build_class_map(cfg)
     teacher, statistics = build_teacher(cfg)
-    return Distillation(terms, teacher, statistics, None, *common)
+    return Distillation(terms, teacher, statistics, None, *common, class_map, balance)
 
 
 def _booster(cfg: CfgNode, student: nn.Module) -> Booster:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,15 @@ class Source:
         num_classes: number of classes.
         layout: what lies where below the data root, for the error message.
         command: how to get it, for the error message.
+        names: ``root -> names`` of the classes, in their order; None where the files are not
+            there.
     """
 
     build: Callable[[Path], Any]
     num_classes: int
     layout: str = ""
     command: str = ""
+    names: Callable[[Path], list[str] | None] = lambda root: None
 
 
 class CoarseCIFAR100(datasets.CIFAR100):
@@ -55,6 +59,24 @@ def _coarse_labels(folder: Path, train: bool) -> list[int]:
 
     with (folder / ("train" if train else "test")).open("rb") as file:
         return list(pickle.load(file, encoding="latin1")["coarse_labels"])
+
+
+def _cifar_names(root: Path, kind: type[datasets.CIFAR10], key: str) -> list[str] | None:
+    import pickle
+
+    path = root / kind.base_folder / kind.meta["filename"]
+    if not datasets.utils.check_integrity(str(path), kind.meta["md5"]):
+        return None
+    with path.open("rb") as file:
+        names: list[str] | None = pickle.load(file, encoding="latin1").get(key)
+    return names
+
+
+def _folder_names(folder: Path) -> list[str] | None:
+    """As ``ImageFolder`` numbers them, without a look at the images."""
+    if not folder.is_dir():
+        return None
+    return datasets.folder.find_classes(str(folder))[0]
 
 
 class TinyImageNetVal(Dataset):
@@ -82,42 +104,55 @@ def _tiny_imagenet(root: Path, split: str) -> Any:
     return train if split == "train" else TinyImageNetVal(folder / "val", train.classes)
 
 
+def _imagenet(root: Path, split: str) -> Any:
+    return datasets.ImageFolder(str(root / "imagenet" / split))
+
+
+def _digit_images(root: Path, split: str) -> Any:
+    """Always there: they come with scikit-learn, not from ``root``."""
+    return DigitImages(split)
+
+
 def _sources() -> dict[str, Source]:
     found: dict[str, Source] = {}
     cifar = {
-        "cifar10": (datasets.CIFAR10, 10, "cifar-10-batches-py", "CIFAR10"),
-        "cifar100": (datasets.CIFAR100, 100, "cifar-100-python", "CIFAR100"),
-        "cifar100_coarse": (CoarseCIFAR100, 20, "cifar-100-python", "CIFAR100"),
+        "cifar10": (datasets.CIFAR10, 10, "label_names", "CIFAR10"),
+        "cifar100": (datasets.CIFAR100, 100, "fine_label_names", "CIFAR100"),
+        "cifar100_coarse": (CoarseCIFAR100, 20, "coarse_label_names", "CIFAR100"),
     }
-    for name, (kind, classes, folder, official) in cifar.items():
+    for name, (kind, classes, key, official) in cifar.items():
         for split in ("train", "test"):
             train = split == "train"
             found[f"{name}_{split}"] = Source(
-                build=lambda root, kind=kind, train=train: kind(root, train=train),  # type: ignore[misc]
+                build=partial(kind, train=train),
                 num_classes=classes,
-                layout=folder,
+                layout=kind.base_folder,
                 command='python -c "from torchvision.datasets import '
                 f"{official}; {official}('{{root}}', download=True)\"",
+                names=partial(_cifar_names, kind=kind, key=key),
             )
     for split in ("train", "val"):
         found[f"tiny_imagenet_{split}"] = Source(
-            build=lambda root, split=split: _tiny_imagenet(root, split),  # type: ignore[misc]
+            build=partial(_tiny_imagenet, split=split),
             num_classes=200,
             layout="tiny-imagenet-200/train/<class>/images and tiny-imagenet-200/val",
             command="wget http://cs231n.stanford.edu/tiny-imagenet-200.zip && "
             "unzip -d {root} tiny-imagenet-200.zip",
+            names=lambda root: _folder_names(root / "tiny-imagenet-200" / "train"),
         )
         found[f"imagenet_{split}"] = Source(
-            build=lambda root, split=split: datasets.ImageFolder(str(root / "imagenet" / split)),  # type: ignore[misc]
+            build=partial(_imagenet, split=split),
             num_classes=1000,
             layout="imagenet/train/<class> and imagenet/val/<class>",
             command="after registration at image-net.org, unpack the archives of ILSVRC2012 into "
             "{root}/imagenet",
+            names=lambda root: _folder_names(root / "imagenet" / "train"),
         )
     for split in ("train", "test"):
         found[f"digit_images_{split}"] = Source(
-            build=lambda root, split=split: DigitImages(split),  # type: ignore[misc]
+            build=partial(_digit_images, split=split),
             num_classes=10,
+            names=lambda root: [str(digit) for digit in range(10)],
         )
     return found
 
@@ -182,7 +217,7 @@ class ClassificationData(Dataset):
         if training and cfg.DATASETS.TRAIN_PER_CLASS:
             self.kept = _first_of_each(targets, cfg.DATASETS.TRAIN_PER_CLASS)
         self.targets = targets[self.kept]
-        self._prepare = _prepare(cfg, training)
+        self._prepare = prepared_by(cfg, training)
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -198,7 +233,8 @@ def _first_of_each(targets: Tensor, count: int) -> Tensor:
     return torch.cat(chosen).sort().values
 
 
-def _prepare(cfg: CfgNode, training: bool) -> v2.Transform:
+def prepared_by(cfg: CfgNode, training: bool) -> v2.Transform:
+    """What a config does to an image: to RGB in 0..1 of ``INPUT.SIZE``, in training augmented."""
     size = cfg.INPUT.SIZE
     steps: list[v2.Transform] = [v2.ToImage(), v2.RGB()]
     if training:

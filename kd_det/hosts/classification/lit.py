@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from kd_det.condensation import Condensation
 from kd_det.gradients import add_clipped_gradients, clip_factor, transfer_gradients
+from kd_det.hosts.classification.build import flops_ratio
 from kd_det.hosts.classification.data import ClassificationData
 from kd_det.hosts.classification.loaders import evaluation_loader, train_loader
 from kd_det.hosts.classification.model import DistilledClassifier
 from kd_det.ledger import logit_entropy
-from kd_det.loop.optim import parameter_groups
+from kd_det.loop.module import DistillationModule, Results
+from kd_det.loop.optim import build_sgd
+from kd_det.loop.predictions import gather_objects, write_predictions
 from kd_det.losses.base import full_precision
-from kd_det.unix import MixedBatch, UnixMixup
+from kd_det.unix import MixedBatch, UnixMixup, unix_cost
 
+logger = logging.getLogger(__name__)
+
+PREDICTIONS = "inference/predictions.json"
 _TOP_K = (1, 5)
 
 
-class LitClassifier(LightningModule):
+class LitClassifier(DistillationModule):
     """Trains a :class:`DistilledClassifier`; the classifier's state is its only state.
 
     Args:
@@ -35,12 +41,9 @@ class LitClassifier(LightningModule):
         test_data: the test set.
         condensation: KCD's state.
         unix: the batch transform.
-
-    Attributes:
-        results: of the last evaluation, ``{"accuracy": {"top1": ..., "top1_best": ...}}`` in
-            percent.
-        evaluated_at: the iteration of that evaluation, or None.
     """
+
+    model: DistilledClassifier
 
     def __init__(
         self,
@@ -52,17 +55,12 @@ class LitClassifier(LightningModule):
         condensation: Condensation | None = None,
         unix: UnixMixup | None = None,
     ) -> None:
-        super().__init__()
-        self.model = model
-        self.cfg = cfg
-        self.seed = seed
+        super().__init__(model, cfg, seed)
         self.train_data, self.test_data = train_data, test_data
         self.condensation, self.unix = condensation, unix
-        self.results: dict[str, dict[str, float]] = {}
-        self.evaluated_at: int | None = None
         self._best: tuple[float, int] | None = None
-        self._rng: Tensor | None = None
         self._clipped_loss: Tensor | None = None
+        self._predictions: list[dict[str, Any]] = []
         classes = test_data.num_classes
         # Outside the module tree: counts of one evaluation belong to no checkpoint.
         self._metrics = {
@@ -71,13 +69,21 @@ class LitClassifier(LightningModule):
             if k < classes
         }
 
-    # A checkpoint has the student's own keys, without the name it has here.
+    def final_results(self) -> Results:
+        """Of the last evaluation; with KCD or UNIX also the computation they took.
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        return self.model.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return self.model.load_state_dict(state_dict, *args, **kwargs)
+        It is a share of plain distillation's in percent, by the published formula and measured.
+        """
+        if self.condensation is not None:
+            formula, measured = self.condensation.formula_cost(), self.condensation.measured_cost()
+        elif self.unix is not None:
+            ratio = flops_ratio(self.model, self.cfg.INPUT.SIZE)
+            formula = unix_cost(ratio, self.cfg.KD.UNIX.K_FRAC)
+            measured = self.unix.measured_cost(ratio)
+        else:
+            return self.results
+        logger.info("cost: %.2f %% by the formula, %.2f %% measured", 100 * formula, 100 * measured)
+        return self.results | {"cost": {"formula": 100 * formula, "measured": 100 * measured}}
 
     # Training
 
@@ -89,7 +95,7 @@ class LitClassifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], _: int) -> Tensor:
         images, targets, indices = batch
         if self.unix is not None:
-            losses = self.model(*self._mix(images, targets))
+            losses = self.model(*self.mix(images, targets))
         else:
             losses = self.model(images, targets)
         if self.condensation is not None:
@@ -101,16 +107,10 @@ class LitClassifier(LightningModule):
         self._clipped_loss = torch.stack([parts[k] for k in clipped]).sum() if clipped else None
         shown = {name: loss.detach() for name, loss in parts.items()}
         everything = torch.stack(list(shown.values())).sum()
-        if not torch.isfinite(everything):
-            raise FloatingPointError(
-                f"losses are not finite at iteration {self.global_step}: "
-                + ", ".join(f"{k} {v.item():.4g}" for k, v in shown.items())
-                + "; lower SOLVER.BASE_LR or the weight of a term"
-            )
-        self.log_dict({"total_loss": everything, **shown})
+        self.log_losses(shown, everything)
         return total
 
-    def _mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, MixedBatch]:
+    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, MixedBatch]:
         """UNIX: the part of the batch to train on, chosen by a first pass of the student."""
         assert self.unix is not None
         in_training = self.cfg.KD.UNIX.SCORE_MODE == "train"
@@ -140,19 +140,14 @@ class LitClassifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         solver = self.cfg.SOLVER
-        optimizer = torch.optim.SGD(
-            parameter_groups(self.model, solver.WEIGHT_DECAY, solver.WEIGHT_DECAY_NORM),
-            lr=solver.BASE_LR,
-            momentum=solver.MOMENTUM,
-            nesterov=solver.NESTEROV,
-        )
+        optimizer = build_sgd(self.model, solver)
         schedule = torch.optim.lr_scheduler.MultiStepLR(
             optimizer, list(solver.EPOCH_STEPS), solver.GAMMA
         )
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["rng_state"] = torch.get_rng_state()
+        super().on_save_checkpoint(checkpoint)
         checkpoint["best"] = self._best
         checkpoint["results"] = (self.results, self.evaluated_at)
         for name in ("condensation", "unix"):
@@ -160,24 +155,12 @@ class LitClassifier(LightningModule):
                 checkpoint[name] = part.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._rng = checkpoint.get("rng_state")
+        super().on_load_checkpoint(checkpoint)
         self._best = checkpoint.get("best")
         self.results, self.evaluated_at = checkpoint.get("results", ({}, None))
         for name in ("condensation", "unix"):
             if (part := getattr(self, name)) is not None and name in checkpoint:
                 part.load_state_dict(checkpoint[name])
-
-    def on_train_start(self) -> None:
-        # Dropout goes on where it was. Each process of several has a stream of its own, and only
-        # that of the first is in the checkpoint.
-        if self._rng is not None and self.trainer.world_size == 1:
-            torch.set_rng_state(self._rng.cpu())
-        self._rng = None
-
-    def on_train_end(self) -> None:
-        # A run may be shorter than the distiller's report period.
-        if self.model.distiller is not None and self.trainer.is_global_zero:
-            self.model.distiller.report_silent()
 
     # Evaluation
 
@@ -186,6 +169,7 @@ class LitClassifier(LightningModule):
         return evaluation_loader(self.cfg, self.test_data, *place)
 
     def on_validation_start(self) -> None:
+        self._predictions = []
         for metric in self._metrics.values():
             metric.reset()
             metric.to(self.device)
@@ -195,6 +179,15 @@ class LitClassifier(LightningModule):
         logits = self.model(images)
         for metric in self._metrics.values():
             metric.update(logits, targets)
+        confidence, prediction = logits.float().softmax(dim=1).max(dim=1)
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        columns = (targets.tolist(), prediction.tolist(), confidence.tolist())
+        for target, found, sure in zip(*columns, strict=True):
+            # The loader deals the images out in turn.
+            index = rank + len(self._predictions) * world
+            self._predictions.append(
+                {"index": index, "target": target, "prediction": found, "confidence": sure}
+            )
 
     def on_validation_epoch_end(self) -> None:
         found = {name: 100 * float(metric.compute()) for name, metric in self._metrics.items()}
@@ -203,9 +196,9 @@ class LitClassifier(LightningModule):
         best, epoch = self._best
         self.results = {"accuracy": {**found, "top1_best": best, "best_epoch": float(epoch)}}
         self.evaluated_at = self.global_step
-        for logger in self.loggers:
-            flat = {f"accuracy/{name}": value for name, value in self.results["accuracy"].items()}
-            logger.log_metrics(flat, step=self.global_step)
+        everything = [entry for part in gather_objects(self._predictions) for entry in part]
+        everything.sort(key=lambda entry: entry["index"])
+        write_predictions(Path(self.cfg.OUTPUT_DIR) / PREDICTIONS, everything)
 
 
 def score(model: nn.Module, images: Tensor, training: bool) -> Tensor:

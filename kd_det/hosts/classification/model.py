@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kd_det.balance import Balance
 from kd_det.checkpoint import name_keys_as_student
 from kd_det.checks import fail
+from kd_det.classes import ClassMap, map_logits
 from kd_det.distiller import Distiller, tap_specs
 from kd_det.hosts.classification.joint import Booster
-from kd_det.hosts.classification.taps import resolve_taps
+from kd_det.hosts.classification.taps import LOGITS, resolve_taps
 from kd_det.losses.base import zero_in_graph
 from kd_det.taps import TapRecorder
 from kd_det.teacher import FrozenTeacher
@@ -51,6 +53,10 @@ class Distillation:
         booster: a net that trains jointly and takes the teacher's place (Rocket).
         task_weight: of the cross-entropy beside the terms. 0 leaves it out.
         report_period: see :class:`kd_det.Distiller`.
+        class_map: how the teacher's ``logits`` become those of the student's classes; None if
+            they are already.
+        balance: adapts the weights of the terms; gradients are compared on the whole student. See
+            :mod:`kd_det.balance`.
     """
 
     terms: Sequence[Term] | Mapping[str, Mapping[str, Any]]
@@ -59,6 +65,8 @@ class Distillation:
     booster: Booster | None = None
     task_weight: float = 1.0
     report_period: int = 1000
+    class_map: ClassMap | None = None
+    balance: Balance | None = None
 
 
 class DistilledClassifier(nn.Module):
@@ -94,6 +102,7 @@ class DistilledClassifier(nn.Module):
         self.distiller: Distiller | None = None
         self.teacher: FrozenTeacher | None = None
         self.logits: Tensor | None = None
+        self.class_map: ClassMap | None = None
         name_keys_as_student(self)
         if distillation is not None:
             self._attach(distillation, size)
@@ -102,8 +111,9 @@ class DistilledClassifier(nn.Module):
         terms = list(parse_terms(plan.terms) if isinstance(plan.terms, Mapping) else plan.terms)
         _check(terms, plan)
         self.teacher = plan.teacher
+        self.class_map = plan.class_map
         self._task_weight = plan.task_weight
-        other = plan.booster.net if plan.booster else plan.teacher.model  # type: ignore[union-attr]
+        other = _net_beside(plan)
         self._taps = resolve_taps(self.student, (s for term in terms for s, _ in term.taps))
         self._other_taps = resolve_taps(other, (t for term in terms for _, t in term.taps))
         self._teacher_statistics = plan.teacher_statistics or self.statistics
@@ -112,7 +122,9 @@ class DistilledClassifier(nn.Module):
             mine, others = (
                 tap_specs(values) for values in self._record_example(example, plan.booster)
             )
-            self.distiller = Distiller(terms, mine, others, CONTEXT, plan.report_period)
+            self.distiller = Distiller(
+                terms, mine, others, CONTEXT, plan.report_period, plan.balance
+            )
         self._clipped = {term.name for term in terms if term.clip == "task_norm"}
         if plan.booster is not None:
             # In the checkpoint beside the adaptors, and stripped with them.
@@ -144,7 +156,10 @@ class DistilledClassifier(nn.Module):
         return self._clipped if self.distiller is not None else set()
 
     def teacher_captures(self, images: Tensor) -> dict[str, Any]:
-        """The teacher's tapped tensors of images in 0..1, without a gradient graph."""
+        """The teacher's tapped tensors of images in 0..1, without a gradient graph.
+
+        Its ``logits`` are those of the student's classes.
+        """
         assert self.teacher is not None
         self.teacher.follow(images)
         recorder = TapRecorder(self.teacher, self._other_taps)
@@ -152,6 +167,8 @@ class DistilledClassifier(nn.Module):
             self.teacher(self._teacher_statistics.normalize(images))
         captures = recorder.read()
         recorder.release()
+        if LOGITS in captures:
+            captures[LOGITS] = map_logits(captures[LOGITS], self.class_map)
         return captures
 
     def _distil(self, images: Tensor, x: Tensor, targets: Tensor | MixedBatch) -> dict[str, Tensor]:
@@ -166,7 +183,8 @@ class DistilledClassifier(nn.Module):
         if boosted is not None:
             losses[BOOSTER_LOSS] = _task_loss(boosted, targets)
         hard = targets.target_a if isinstance(targets, MixedBatch) else targets
-        losses |= self.distiller(student, teacher, {"targets": hard})
+        shared = [p for p in self.student.parameters() if p.requires_grad]
+        losses |= self.distiller(student, teacher, {"targets": hard}, losses, shared)
         if self._clipped:
             # Adaptors that only a clipped term trains still take part in the other backward.
             losses[TASK_LOSS] = losses[TASK_LOSS] + zero_in_graph(self.distiller.parameters())
@@ -213,6 +231,19 @@ def _task_loss(logits: Tensor, targets: Tensor | MixedBatch) -> Tensor:
     if isinstance(targets, MixedBatch):
         return unix_task_loss(logits, targets.target_a, targets.target_b, targets.mu)
     return F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, targets)
+
+
+def _net_beside(plan: Distillation) -> nn.Module:
+    """What the student learns from."""
+    if plan.booster is not None:
+        return plan.booster.net
+    if plan.teacher is None:
+        fail(
+            expected="a distillation with a teacher or a booster",
+            received="neither",
+            remedy="give one of them",
+        )
+    return plan.teacher.model
 
 
 def _check(terms: Sequence[Term], plan: Distillation) -> None:

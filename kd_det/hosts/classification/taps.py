@@ -28,6 +28,8 @@ from kd_det.checks import fail, nearest
 from kd_det.hosts.classification.models.base import CifarNet, stage_taps
 from kd_det.taps import Tap
 
+LOGITS = "logits"
+
 # Classifiers of torchvision and timm share no base class that would name their parts.
 Classifier = Any
 
@@ -43,7 +45,7 @@ def tap_table(model: nn.Module) -> dict[str, Tap]:
     if isinstance(model, CifarNet):
         return model.taps()
     stages = next((table for kind, table in _STAGES.items() if isinstance(model, kind)), _described)
-    return {**stages(model), **_pooled(model), "logits": Tap("")}
+    return {**stages(model), **_pooled(model), LOGITS: Tap("")}
 
 
 def resolve_taps(model: nn.Module, names: Iterable[str]) -> dict[str, Tap]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from fvcore.common.config import CfgNode
 
 from kd_det.checkpoint import SUFFIXES
-from kd_det.checks import fail
 from kd_det.hosts.classification.config import load_config
 from kd_det.hosts.classification.data import SOURCES, single
 from kd_det.hosts.classification.model import Statistics
 from kd_det.hosts.classification.models import build_classifier
-from kd_det.teacher import FrozenTeacher
+from kd_det.teacher import FrozenTeacher, check_teacher_config, check_teacher_weights
+
+_EXAMPLE = "configs/classification/digits/teacher_resnet20_x0.5.yaml"
 
 
 def num_classes(cfg: CfgNode) -> int:
@@ -22,6 +21,16 @@ def num_classes(cfg: CfgNode) -> int:
         return int(cfg.MODEL.NUM_CLASSES)
     name = single(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
     return SOURCES[name].num_classes if name in SOURCES else 0
+
+
+def teacher_config(cfg: CfgNode) -> CfgNode:
+    """The complete config that ``cfg.KD.TEACHER.CONFIG_FILE`` names.
+
+    Raises:
+        KDError: there is none, or this host cannot read it.
+    """
+    check_teacher_config(cfg.KD.TEACHER.CONFIG_FILE, _EXAMPLE)
+    return load_config(cfg.KD.TEACHER.CONFIG_FILE)
 
 
 def build_teacher(cfg: CfgNode) -> tuple[FrozenTeacher, Statistics]:
@@ -34,25 +43,12 @@ def build_teacher(cfg: CfgNode) -> tuple[FrozenTeacher, Statistics]:
             every key of the teacher exactly.
     """
     node = cfg.KD.TEACHER
-    if not node.CONFIG_FILE or not Path(node.CONFIG_FILE).is_file():
-        fail(
-            expected="KD.TEACHER.CONFIG_FILE to name the teacher's complete config",
-            received=f"'{node.CONFIG_FILE}'",
-            remedy="give a path such as configs/classification/digits/teacher_resnet20_x0.5.yaml, "
-            "or set KD.ENABLED False",
-        )
-    teacher_cfg = load_config(node.CONFIG_FILE)
+    teacher_cfg = teacher_config(cfg)
     # A torchvision teacher may name its published weights in its own config.
     named = teacher_cfg.MODEL.WEIGHTS
     published = named if named and not named.endswith(SUFFIXES) else ""
     weights = node.WEIGHTS or published
-    if not weights and not node.ALLOW_RANDOM:
-        fail(
-            expected="KD.TEACHER.WEIGHTS to name the teacher's weights",
-            received="''",
-            remedy=f"train {node.CONFIG_FILE} and give its model_final.pth, or set "
-            "KD.TEACHER.ALLOW_RANDOM True to distil from an untrained teacher on purpose",
-        )
+    check_teacher_weights(weights, node.CONFIG_FILE, node.ALLOW_RANDOM)
     with torch.random.fork_rng(devices=[]):
         model = build_classifier(teacher_cfg.MODEL.NAME, num_classes(teacher_cfg), weights)
     statistics = Statistics(teacher_cfg.MODEL.PIXEL_MEAN, teacher_cfg.MODEL.PIXEL_STD)

@@ -1,7 +1,6 @@
-"""KCD on this host: a training set that shrinks, with periods counted in iterations.
+"""KCD on this host: loader, sampler and the hook that condenses.
 
-``SOLVER`` describes the run on the whole training set. A stage with 90 % of the images takes 90 %
-of its iterations, so the run becomes shorter, and its learning-rate steps move with it.
+What it shares with other detectors is in :mod:`kd_det.detection_kcd`.
 
 Place and order of every batch follow from the seed and the iteration alone, and every iteration
 begins with random numbers of its own: a resumed run selects what the uninterrupted one would
@@ -26,6 +25,14 @@ from torch import Tensor
 
 from kd_det.checks import fail
 from kd_det.condensation import Condensation
+from kd_det.detection_kcd import (
+    StageLoader,
+    build_condensation,
+    is_condensed,
+    planned_config,
+    report_costs,
+)
+from kd_det.detection_kcd import check_kcd as check_detection_kcd
 from kd_det.hosts.detectron2.blending import BlendMapper
 from kd_det.hosts.detectron2.datasets import training_dicts
 from kd_det.selection import kcd_cost
@@ -34,16 +41,7 @@ from kd_det.subset import InfiniteSubsetSampler, keyed_generator
 #: Key of a mapped image's place in the training set.
 INDEX = "kd_index"
 
-# Boxes are labels of the kept image alone. A partner that shows more than this would put objects
-# into it that have none.
-_MAX_EPSILON = 0.3
-
 logger = logging.getLogger(__name__)
-
-
-def is_condensed(cfg: CfgNode) -> bool:
-    """Whether a run has ``KD.KCD`` on."""
-    return cfg.KD.ENABLED and cfg.KD.KCD.ENABLED
 
 
 def check_kcd(cfg: CfgNode) -> None:
@@ -62,19 +60,7 @@ def check_kcd(cfg: CfgNode) -> None:
             received=f"MODEL.META_ARCHITECTURE {student}",
             remedy="set it, or KD.KCD.ENABLED False",
         )
-    if node.MIN_PER_CLASS:
-        fail(
-            expected="KD.KCD.MIN_PER_CLASS 0 on a detector: an image has boxes of many classes",
-            received=str(node.MIN_PER_CLASS),
-            remedy="set it to 0",
-        )
-    if node.EPSILON > _MAX_EPSILON:
-        fail(
-            expected=f"KD.KCD.EPSILON of at most {_MAX_EPSILON} on a detector, whose boxes are "
-            "those of the kept image",
-            received=str(node.EPSILON),
-            remedy=f"use {_MAX_EPSILON}, or 0 for no blending",
-        )
+    check_detection_kcd(cfg)
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
         fail(
             expected="DATALOADER.SAMPLER_TRAIN TrainingSampler with KD.KCD, which samples itself",
@@ -101,13 +87,15 @@ class CondensedRun:
     def __init__(self, cfg: CfgNode) -> None:
         check_kcd(cfg)
         dicts = training_dicts(cfg)
-        self.condensation = _condensation(cfg, len(dicts))
-        self.cfg = _planned(cfg, self.condensation)
+        condensation = build_condensation(cfg, len(dicts))
+        assert condensation is not None
+        self.condensation = condensation
+        self.cfg = planned_config(cfg, condensation)
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self._wide = torch.tensor([d["width"] > d["height"] for d in dicts])
         self._dataset = DatasetFromList([{**d, INDEX: i} for i, d in enumerate(dicts)], copy=False)
 
-    def build_loader(self, cfg: CfgNode) -> StageLoader:
+    def build_loader(self, cfg: CfgNode) -> IndexedLoader:
         """Detectron2's loader over the active images, blended as the condensation says."""
         sampler = InfiniteSubsetSampler(self.condensation, self.seed)
         if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
@@ -122,44 +110,7 @@ class CondensedRun:
             # A new iterator must not draw from the random numbers of its iteration.
             seed=self.seed,
         )
-        return StageLoader(loader, sampler)
-
-
-def _condensation(cfg: CfgNode, images: int) -> Condensation:
-    node = cfg.KD.KCD
-    return Condensation(
-        images,
-        rho=node.RHO,
-        period=node.PERIOD,
-        total=cfg.SOLVER.MAX_ITER,
-        alpha=node.ALPHA,
-        schedule=node.SCHEDULE,
-        pool=node.POOL,
-        epsilon=node.EPSILON,
-        blend=node.BLEND,
-        epsilon_rule=node.EPSILON_RULE,
-        batch=cfg.SOLVER.IMS_PER_BATCH,
-    )
-
-
-def _planned(cfg: CfgNode, condensation: Condensation) -> CfgNode:
-    planned = cfg.clone()
-    planned.defrost()
-    solver = planned.SOLVER
-    solver.MAX_ITER = condensation.planned_steps()
-    steps = [condensation.planned_step(step) for step in solver.STEPS]
-    # Rounding can bring the last one to the end, which Detectron2 refuses.
-    solver.STEPS = tuple(step for step in steps if step < solver.MAX_ITER)
-    solver.WARMUP_ITERS = condensation.planned_step(solver.WARMUP_ITERS)
-    planned.freeze()
-    logger.info(
-        "KCD: stages of %s images in %s iterations; %d in all, learning-rate steps at %s",
-        condensation.counts[: len(condensation.lengths)],
-        condensation.lengths,
-        solver.MAX_ITER,
-        solver.STEPS,
-    )
-    return planned
+        return IndexedLoader(loader, sampler)
 
 
 class OrientedSampler(InfiniteSubsetSampler):
@@ -196,13 +147,11 @@ class OrientedSampler(InfiniteSubsetSampler):
                 batch.clear()
 
 
-class StageLoader:
-    """Batches of a whole run, from a new iterator of ``loader`` in every stage.
-
-    Loader processes fetch ahead; their iterator would still hold batches of the stage before.
+class IndexedLoader(StageLoader):
+    """Knows which images its last batch has.
 
     Args:
-        loader: endless, reading the active images of the sampler's condensation.
+        loader: as :class:`StageLoader`'s, with the place of every image in the training set.
         sampler: of the loader.
 
     Attributes:
@@ -210,19 +159,14 @@ class StageLoader:
     """
 
     def __init__(self, loader: Iterable[Any], sampler: InfiniteSubsetSampler) -> None:
-        self.loader = loader
+        super().__init__(loader, sampler.condensation)
         self.sampler = sampler
         self.indices: list[int] = []
 
     def __iter__(self) -> Iterator[Any]:
-        state = self.sampler.condensation
-        while True:
-            stage = state.stage
-            for batch in self.loader:
-                self.indices = [image[INDEX] for image in batch]
-                yield batch
-                if state.stage != stage:
-                    break
+        for batch in super().__iter__():
+            self.indices = [image[INDEX] for image in batch]
+            yield batch
 
 
 class Condense(HookBase):
@@ -267,15 +211,8 @@ class Condense(HookBase):
     def after_train(self) -> None:
         if self.trainer.iter < self.trainer.max_iter:
             return  # interrupted
-        formula, measured = 100 * self.state.formula_cost(), 100 * self.state.measured_cost()
-        logger.info(
-            "KCD: cost %.2f %% by the published formula, whose first stage is already condensed; "
-            "measured %.2f %% of the images of a run on the whole training set",
-            formula,
-            measured,
-        )
-        costs = {"kcd/cost_formula": formula, "kcd/cost_measured": measured}
-        self.trainer.storage.put_scalars(**costs, smoothing_hint=False)
+        found = {f"kcd/{name}": cost for name, cost in report_costs(self.state).items()}
+        self.trainer.storage.put_scalars(**found, smoothing_hint=False)
 
     def state_dict(self) -> dict[str, Any]:
         return {"condensation": self.state.state_dict(), "seed": self.seed}

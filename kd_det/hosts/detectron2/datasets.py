@@ -15,6 +15,8 @@ from kd_det.checks import check_known, fail
 from kd_det.data.coco_json import check_coco_json
 from kd_det.runs import data_root
 
+DIGITS = ("digits_train", "digits_val")
+
 
 def register_datasets(cfg: CfgNode) -> None:
     """Register ``DATASETS.COCO_JSON`` and the digits, in Detectron2's catalog.
@@ -30,14 +32,24 @@ def register_datasets(cfg: CfgNode) -> None:
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
         _register(name, json_file, digits / split)
-    for name, entry in cfg.DATASETS.COCO_JSON.items():
-        if not isinstance(entry, (list, tuple)) or len(entry) != 2:
-            fail(
-                expected=f"DATASETS.COCO_JSON.{name} to be [json, image_root]",
-                received=repr(entry),
-                remedy="give the annotation file and the folder its file_name fields start from",
-            )
-        _register(name, Path(entry[0]), Path(entry[1]))
+    for name in cfg.DATASETS.COCO_JSON:
+        _register(name, *json_entry(cfg, name))
+
+
+def json_entry(cfg: CfgNode, name: str) -> tuple[Path, Path]:
+    """Annotation file and image folder of an entry of ``DATASETS.COCO_JSON``.
+
+    Raises:
+        KDError: it is not ``[json, image_root]``.
+    """
+    entry = cfg.DATASETS.COCO_JSON[name]
+    if not isinstance(entry, (list, tuple)) or len(entry) != 2:
+        fail(
+            expected=f"DATASETS.COCO_JSON.{name} to be [json, image_root]",
+            received=repr(entry),
+            remedy="give the annotation file and the folder its file_name fields start from",
+        )
+    return Path(entry[0]), Path(entry[1])
 
 
 def _register(name: str, json_file: Path, image_root: Path) -> None:
@@ -64,7 +76,7 @@ def prepare_datasets(cfg: CfgNode, names: Iterable[str]) -> None:
     for name in names:
         check_known("data set", name, DatasetCatalog.list())
         if comm.is_main_process():
-            if name in ("digits_train", "digits_val"):
+            if name in DIGITS:
                 from kd_det.data.digits import DigitsSpec, write_digits
 
                 write_digits(data_root() / "digits", DigitsSpec())

@@ -59,7 +59,7 @@ def stock_config(cfg: CfgNode) -> CfgNode:
             del stock.MODEL["MOBILENETV2"]
         if "basic_resnet" not in stock.MODEL.BACKBONE.NAME:
             del stock.MODEL["BASIC_RESNET"]
-    for key in ("HOST", "STAGES", "SEEDS"):
+    for key in ("HOST", "STAGES", "SEEDS", "PREFLIGHT", "LOGGERS"):
         del stock[key]
     del stock.DATASETS["COCO_JSON"]
     stock.freeze()

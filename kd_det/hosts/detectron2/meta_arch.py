@@ -16,19 +16,22 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
-from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from kd_det.adaptors import crop_to
+from kd_det.balance import Balance, build_balance
 from kd_det.checks import fail
+from kd_det.classes import ClassMap, map_logits, mapped_specs
 from kd_det.config import read_terms
 from kd_det.detection_terms import check_detection_terms
 from kd_det.distiller import Distiller
 from kd_det.hosts.detectron2 import taps as host_taps
 from kd_det.hosts.detectron2 import teacher_pass
+from kd_det.hosts.detectron2.classes import LOGITS, build_class_map
+from kd_det.hosts.detectron2.fcos import ConfigurableFCOS
 from kd_det.hosts.detectron2.teacher import Teacher, build_teacher
 from kd_det.hosts.detectron2.uncertainty import anchor_values, roi_values
 from kd_det.losses.base import zero_in_graph
@@ -38,6 +41,7 @@ from kd_det.terms import Term, check_heads
 
 CONTEXT = ("anchors", "gt_boxes")
 HEADS = (*host_taps.BOX_TAPS, "mask_logits", "cls_logits")
+_BACKGROUNDS = {name: int(name == "box_logits") for name in LOGITS}
 
 
 @dataclass
@@ -53,6 +57,10 @@ class Distillation:
             trains with the terms alone, and parameters that no term reaches get a zero gradient.
         values: in every training step, also leave in the model's ``image_values`` how uncertain
             the student is about each image; see :mod:`kd_det.hosts.detectron2.uncertainty`.
+        class_map: how the teacher's logits become those of the student's classes; None if they
+            are already.
+        balance: adapts the weights of the terms; gradients are compared on the student's backbone.
+            See :mod:`kd_det.balance`.
 
     Raises:
         KDError: ``task_weight`` is negative or not finite.
@@ -64,6 +72,8 @@ class Distillation:
     report_period: int = 1000
     task_weight: float = 1.0
     values: bool = False
+    class_map: ClassMap | None = None
+    balance: Balance | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.task_weight) and self.task_weight >= 0):
@@ -78,7 +88,8 @@ class Distillation:
         """What ``cfg.KD`` describes; None if it is disabled.
 
         Raises:
-            KDError: no terms, or anything :func:`read_terms` and :func:`build_teacher` refuse.
+            KDError: no terms, or anything :func:`read_terms`, :func:`build_class_map` and
+                :func:`build_teacher` refuse.
         """
         if not cfg.KD.ENABLED:
             return None
@@ -89,6 +100,7 @@ class Distillation:
                 received="none",
                 remedy="add a term, or set KD.ENABLED False for the plain student",
             )
+        class_map = build_class_map(cfg)
         return cls(
             build_teacher(cfg),
             terms,
@@ -96,6 +108,8 @@ class Distillation:
             cfg.KD.REPORT_PERIOD,
             cfg.KD.TASK_WEIGHT,
             cfg.KD.KCD.ENABLED,
+            class_map,
+            build_balance(cfg, terms),
         )
 
 
@@ -132,6 +146,7 @@ class DistillMixin(nn.Module):
         self.distiller = None
         self.teacher: Teacher | None = None
         self.image_values: Tensor | None = None
+        self.class_map: ClassMap | None = None
         if distillation is None:
             return
         teacher = distillation.teacher.frozen.model
@@ -146,6 +161,8 @@ class DistillMixin(nn.Module):
         heads_s, heads_t = host_taps.head_specs(self), host_taps.head_specs(teacher)
         if "box_logits" in wanted_t:
             _match_stages(heads_s, heads_t)
+        self.class_map = distillation.class_map
+        heads_t = mapped_specs(heads_t, self.class_map, _BACKGROUNDS)
         if "cls_logits" in wanted_t:
             teacher_pass.check_anchors(self, teacher)
         # The student's random stream must not depend on the adaptors' initialisation.
@@ -156,6 +173,7 @@ class DistillMixin(nn.Module):
                 specs_t | heads_t,
                 CONTEXT,
                 distillation.report_period,
+                distillation.balance,
             )
         needs = {need for term in terms for need in LOSSES.get(term.loss).needs}
         self.teacher = distillation.teacher
@@ -195,7 +213,11 @@ class DistillMixin(nn.Module):
             self.image_values = self._image_values(captures)
         teacher = self._run_teacher(batched_inputs, captures)
         extra = self.distiller(
-            self._student_values(captures), teacher, self._context(batched_inputs, captures)
+            self._student_values(captures),
+            teacher,
+            self._context(batched_inputs, captures),
+            losses,
+            [p for p in self.backbone.parameters() if p.requires_grad],
         )
         clash = losses.keys() & extra.keys()
         if clash:
@@ -262,15 +284,18 @@ class DistillMixin(nn.Module):
             wanted = self._teacher_heads
             if box_taps := wanted.intersection(host_taps.BOX_TAPS):
                 boxes = self._staged_boxes(captures)
-                values |= teacher_pass.box_values(teacher, features, boxes, box_taps)
+                values |= teacher_pass.box_values(
+                    teacher, features, boxes, box_taps, self.class_map
+                )
             if "mask_logits" in wanted:
                 logits = teacher_pass.mask_logits(teacher, features, captures["mask_boxes"])
-                values["mask_logits"] = teacher_pass.own_class(logits, captures["mask_instances"])
+                values["mask_logits"] = teacher_pass.own_class(
+                    logits, captures["mask_instances"], self.class_map
+                )
             if "cls_logits" in wanted:
                 logits = teacher.head([features[name] for name in teacher.head_in_features])[0]
-                values["cls_logits"] = teacher_pass.dense_rows(
-                    logits, teacher.num_classes, captures["cls_logits"]
-                )
+                rows = teacher_pass.dense_rows(logits, teacher.num_classes, captures["cls_logits"])
+                values["cls_logits"] = map_logits(rows, self.class_map)
         return values
 
     def _context(
@@ -334,39 +359,6 @@ class DenseDistillMixin(DistillMixin):
 @META_ARCH_REGISTRY.register()
 class DistilledRetinaNet(DenseDistillMixin, RetinaNet):
     """RetinaNet with a frozen teacher beside it."""
-
-
-class ConfigurableFCOS(FCOS):
-    """The stock FCOS, described by ``cfg.MODEL.FCOS``: Detectron2 describes it in Python only."""
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Arguments of ``FCOS`` from a config."""
-        node = cfg.MODEL.FCOS
-        backbone = build_backbone(cfg)
-        shapes = [backbone.output_shape()[name] for name in node.IN_FEATURES]
-        head = FCOSHead(
-            input_shape=shapes,
-            num_classes=node.NUM_CLASSES,
-            conv_dims=[shapes[0].channels] * node.NUM_CONVS,
-            prior_prob=node.PRIOR_PROB,
-            norm=node.NORM,
-        )
-        return {
-            "backbone": backbone,
-            "head": head,
-            "head_in_features": node.IN_FEATURES,
-            "num_classes": node.NUM_CLASSES,
-            "center_sampling_radius": node.CENTER_SAMPLING_RADIUS,
-            "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
-            "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
-            "test_score_thresh": node.SCORE_THRESH_TEST,
-            "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
-            "test_nms_thresh": node.NMS_THRESH_TEST,
-            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
-        }
 
 
 @META_ARCH_REGISTRY.register()

@@ -15,18 +15,21 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
-from detectron2.engine import SimpleTrainer, default_writers, hooks
+from detectron2.engine import SimpleTrainer, hooks
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor, nn
 
 from kd_det.checks import fail
+from kd_det.classes import ClassMap
 from kd_det.hosts.detectron2 import taps as host_taps
 from kd_det.hosts.detectron2 import teacher_pass
 from kd_det.hosts.detectron2.datasets import training_dicts
+from kd_det.hosts.detectron2.progress import ProgressBar, ShowProgress
 from kd_det.hosts.detectron2.teacher import Teacher
 from kd_det.hosts.detectron2.trainer import Trainer, data_parallel, unwrap
+from kd_det.hosts.detectron2.writers import PERIOD, build_writers
 from kd_det.prestage import (
     PreStageLosses,
     PreStageModel,
@@ -35,15 +38,17 @@ from kd_det.prestage import (
     save_pre_stage,
     teacher_fingerprint,
 )
+from kd_det.tags import CurveTag
 from kd_det.taps import Tap, TapRecorder
 
 FILE, FOLDER = "pre_stage.pth", "pre_stage"
-_LOG_PERIOD = 20
 
 logger = logging.getLogger(__name__)
 
 
-def prepare_pre_stage(trainer: Trainer, resume: bool = False) -> None:
+def prepare_pre_stage(
+    trainer: Trainer, resume: bool = False, bar: ProgressBar | None = None
+) -> None:
     """Load or train what the terms of a run need, before its first iteration.
 
     Does nothing where no term needs a pre-stage or all have theirs, from a checkpoint or from an
@@ -53,6 +58,7 @@ def prepare_pre_stage(trainer: Trainer, resume: bool = False) -> None:
     Args:
         trainer: of the run, with its weights loaded.
         resume: take or continue what is in ``OUTPUT_DIR``.
+        bar: shows it on a terminal.
 
     Raises:
         KDError: a file of another teacher or other taps, one where none is needed, a finished
@@ -81,7 +87,7 @@ def prepare_pre_stage(trainer: Trainer, resume: bool = False) -> None:
     if given or path.is_file():
         load_pre_stage(given or path, losses, fingerprint)
     else:
-        _train(cfg, losses, student.teacher, resume)
+        _train(cfg, losses, student.teacher, student.class_map, resume, bar)
         if comm.is_main_process():
             save_pre_stage(path, losses, fingerprint)
         comm.synchronize()
@@ -89,7 +95,14 @@ def prepare_pre_stage(trainer: Trainer, resume: bool = False) -> None:
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
 
 
-def _train(cfg: CfgNode, losses: PreStageLosses, teacher: Teacher, resume: bool) -> None:
+def _train(
+    cfg: CfgNode,
+    losses: PreStageLosses,
+    teacher: Teacher,
+    class_map: ClassMap | None,
+    resume: bool,
+    bar: ProgressBar | None,
+) -> None:
     node, batch = cfg.KD.PRE_STAGE, cfg.SOLVER.IMS_PER_BATCH
     images = training_dicts(cfg)
     iterations = node.MAX_ITER or node.EPOCHS * len(images) // batch
@@ -101,7 +114,8 @@ def _train(cfg: CfgNode, losses: PreStageLosses, teacher: Teacher, resume: bool)
         )
     wanted = {tap for _, taps in losses.values() for tap in taps}
     model = PreStageModel(losses)
-    alone = _TeacherAlone(model, TeacherCaptures(teacher, wanted, cfg.INPUT.FORMAT))
+    captures = TeacherCaptures(teacher, wanted, cfg.INPUT.FORMAT, class_map)
+    alone = _TeacherAlone(model, captures)
     wrapped = data_parallel(alone, cfg.MODEL.DEVICE, broadcast_buffers=False)
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -115,10 +129,13 @@ def _train(cfg: CfgNode, losses: PreStageLosses, teacher: Teacher, resume: bool)
     folder = Path(cfg.OUTPUT_DIR) / FOLDER
     checkpointer = Checkpointer(wrapped, str(folder), trainer=trainer)
     own: list[hooks.HookBase] = [hooks.IterationTimer()]
+    tag = CurveTag(tuple(losses))
     if comm.is_main_process():
         own.append(hooks.PeriodicCheckpointer(checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
-        writers = default_writers(str(folder), iterations)
-        own.append(hooks.PeriodicWriter(writers, period=_LOG_PERIOD))
+        writers = build_writers(str(folder), iterations, tag)
+        own.append(hooks.PeriodicWriter(writers, period=PERIOD))
+    if bar is not None:
+        own.append(ShowProgress(bar, tag, name="Pre-stage"))
     trainer.register_hooks(own)
     checkpointer.resume_or_load("", resume=resume)
     done = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
@@ -146,13 +163,20 @@ class TeacherCaptures:
         teacher: the frozen teacher.
         wanted: names of taps.
         input_format: channel order of the images in a batch.
+        class_map: from the teacher's classes to the student's, where they differ.
 
     Raises:
         KDError: a tap that means nothing without a student.
     """
 
-    def __init__(self, teacher: Teacher, wanted: Collection[str], input_format: str) -> None:
-        self._frozen = teacher.frozen
+    def __init__(
+        self,
+        teacher: Teacher,
+        wanted: Collection[str],
+        input_format: str,
+        class_map: ClassMap | None = None,
+    ) -> None:
+        self._frozen, self._class_map = teacher.frozen, class_map
         self._flip = input_format != teacher.input_format
         known, _ = host_taps.feature_taps(teacher.frozen.model, wanted)
         taps = {name: tap for name, tap in known.items() if name in wanted}
@@ -185,5 +209,7 @@ class TeacherCaptures:
                 truth = [x["instances"].to(model.device) for x in batched_inputs]
                 sampled = model.roi_heads.label_and_sample_proposals(values["proposals"], truth)
                 boxes = [[own.proposal_boxes for own in sampled]]
-                values |= teacher_pass.box_values(model, values["features"], boxes, self._box_taps)
+                values |= teacher_pass.box_values(
+                    model, values["features"], boxes, self._box_taps, self._class_map
+                )
         return values

@@ -14,7 +14,7 @@ from detectron2.utils.file_io import PathManager
 from kd_det.checkpoint import read_weights
 from kd_det.checks import fail, nearest
 from kd_det.hosts.detectron2.config import get_cfg
-from kd_det.teacher import FrozenTeacher, load_strict
+from kd_det.teacher import FrozenTeacher, check_teacher_weights, load_strict
 
 # Buffers that older Detectron2 files store and newer models do not, or the reverse.
 _OPTIONAL_KEYS = ("anchor_generator.cell_anchors", "pixel_mean", "pixel_std", "num_batches_tracked")
@@ -39,18 +39,8 @@ def build_teacher(cfg: CfgNode) -> Teacher:
             lists the keys.
     """
     node = cfg.KD.TEACHER
-    teacher_cfg = get_cfg()
-    teacher_cfg.merge_from_file(str(find_config(node.CONFIG_FILE)))
-    teacher_cfg.defrost()
-    teacher_cfg.KD.ENABLED = False  # a distilled student may teach in turn
-    teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
-    if not node.WEIGHTS and not node.ALLOW_RANDOM:
-        fail(
-            expected="KD.TEACHER.WEIGHTS to name the teacher's weights",
-            received="an empty value",
-            remedy="give a .pkl, .pth or .safetensors file; an untrained teacher needs "
-            "KD.TEACHER.ALLOW_RANDOM True",
-        )
+    teacher_cfg = teacher_config(cfg)
+    check_teacher_weights(node.WEIGHTS, node.CONFIG_FILE, node.ALLOW_RANDOM)
     # Weights are read before the model is built: a wrong path should cost no time.
     weights = read_weights(_local_path(node.WEIGHTS)) if node.WEIGHTS else None
     # The student's random stream must not depend on whether there is a teacher.
@@ -59,6 +49,20 @@ def build_teacher(cfg: CfgNode) -> Teacher:
     if weights is not None:
         load_strict(model, weights, node.WEIGHTS, _OPTIONAL_KEYS)
     return Teacher(FrozenTeacher(model), teacher_cfg.INPUT.FORMAT)
+
+
+def teacher_config(cfg: CfgNode) -> CfgNode:
+    """The complete config that ``cfg.KD.TEACHER.CONFIG_FILE`` names, for the student's device.
+
+    Raises:
+        KDError: there is none.
+    """
+    teacher_cfg = get_cfg()
+    teacher_cfg.merge_from_file(str(find_config(cfg.KD.TEACHER.CONFIG_FILE)))
+    teacher_cfg.defrost()
+    teacher_cfg.KD.ENABLED = False  # a distilled student may teach in turn
+    teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
+    return teacher_cfg
 
 
 def find_config(name: str) -> Path:

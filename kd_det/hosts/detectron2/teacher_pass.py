@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from kd_det.adaptors import crop_to
 from kd_det.checks import fail
-from kd_det.hosts.detectron2.taps import StockModel, box_branches
+from kd_det.classes import ClassMap, map_labels, map_logits
+from kd_det.hosts.detectron2.taps import StockModel, box_branches, sigmoid_heads
 
 
 def check_formats(student: str, teacher: str) -> None:
@@ -72,6 +73,7 @@ def box_values(
     features: Mapping[str, Tensor],
     boxes: Sequence[Sequence[Boxes]],
     wanted: Collection[str],
+    class_map: ClassMap | None = None,
 ) -> dict[str, Any]:
     """The teacher's answers for the student's boxes, from one pass through its box branch.
 
@@ -80,12 +82,13 @@ def box_values(
         features: the teacher's backbone output.
         boxes: per student stage, per image, the boxes that entered the student's pooler.
         wanted: which of ``box_pooled``, ``box_features`` and ``box_logits``.
+        class_map: from the teacher's classes to the student's, where they differ.
 
     Returns:
-        ``box_logits``: per student stage ``[R, K + 1]``. A cascade teacher of a one-stage student
-        answers with the logarithm of its stages' mean probability, which is what it scores by at
-        inference. ``box_pooled`` ``[R, C, h, w]`` and ``box_features`` ``[R, D]``: of the first
-        stage on both sides.
+        ``box_logits``: per student stage ``[R, K + 1]``, for the student's classes. A cascade
+        teacher of a one-stage student answers with the logarithm of its stages' mean probability,
+        which is what it scores by at inference. ``box_pooled`` ``[R, C, h, w]`` and
+        ``box_features`` ``[R, D]``: of the first stage on both sides.
 
     Raises:
         KDError: logits are wanted of cascades of different length.
@@ -94,6 +97,7 @@ def box_values(
     levels = [features[name] for name in roi_heads.box_in_features]
     branches = box_branches(teacher)
     with_logits = "box_logits" in wanted
+    exclusive = "box_logits" not in sigmoid_heads(teacher)
     if with_logits:
         check_stages(len(boxes), len(branches))
     values: dict[str, Any] = {}
@@ -107,7 +111,8 @@ def box_values(
             values = {"box_pooled": pooled, "box_features": outputs[0]}
         if with_logits:
             scores = [p(output)[0] for (_, p), output in zip(heads, outputs, strict=True)]
-            logits.append(scores[0] if same_stages else _mean_log_probability(scores))
+            answer = scores[0] if same_stages else _mean_log_probability(scores)
+            logits.append(map_logits(answer, class_map, "last", exclusive))
     values["box_logits"] = logits
     return {name: values[name] for name in wanted}
 
@@ -150,14 +155,21 @@ def mask_logits(
     return roi_heads.mask_head.layers(roi_heads.mask_pooler(levels, list(boxes)))
 
 
-def own_class(logits: Tensor, instances: Sequence[Instances]) -> Tensor:
+def own_class(
+    logits: Tensor, instances: Sequence[Instances], class_map: ClassMap | None = None
+) -> Tensor:
     """``[R, K, M, M] -> [R, M, M]``: each box's map for its ground-truth class.
 
     The other classes' maps are never trained and hold noise.
+
+    Args:
+        logits: of all classes; ``[R, 1, M, M]`` of a head that tells none apart.
+        instances: per image, the boxes with the student's ``gt_classes``.
+        class_map: from the student's classes to those of ``logits``, for the teacher's.
     """
     if logits.shape[1] == 1:
         return logits[:, 0]
-    classes = torch.cat([x.gt_classes for x in instances])
+    classes = map_labels(torch.cat([x.gt_classes for x in instances]), class_map)
     return logits[torch.arange(len(classes), device=logits.device), classes]
 
 

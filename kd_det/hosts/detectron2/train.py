@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import json
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,23 +13,28 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup, launch
+from detectron2.engine import launch
 from detectron2.engine.hooks import HookBase
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.file_io import PathManager
 from torch.multiprocessing import ProcessRaisedException
 
 from kd_det.checks import KDError
 from kd_det.config import merge_config, read_terms
 from kd_det.detection_terms import check_detection_terms
+from kd_det.files import replace_text
 from kd_det.hosts.detectron2.condensed import check_kcd
 from kd_det.hosts.detectron2.config import get_cfg
 from kd_det.hosts.detectron2.datasets import prepare_datasets, register_datasets
 from kd_det.hosts.detectron2.pre_stage import prepare_pre_stage
+from kd_det.hosts.detectron2.progress import ProgressBar, progress_bar, setup_logging
 from kd_det.hosts.detectron2.teacher import find_config
-from kd_det.hosts.detectron2.trainer import Trainer
-from kd_det.runs import check_devices, check_output_dir, under_torchrun
+from kd_det.hosts.detectron2.trainer import Trainer, unwrap
+from kd_det.loop.loggers import check_loggers
+from kd_det.record import parameter_counts, recorded_run
+from kd_det.runs import check_devices, check_output_dir, check_same_run, under_torchrun
 
 __all__ = ["Trainer", "check_run", "load_cfg", "main", "run"]
 
@@ -52,12 +56,15 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Everything that can be refused before processes start and files are written.
 
     Raises:
-        KDError: devices, output folder, teacher, terms or KCD do not fit.
+        KDError: devices, output folder, loggers, teacher, terms or KCD do not fit.
     """
     check_devices(cfg.MODEL.DEVICE, args.num_gpus)
     if args.eval_only:
         return
     check_output_dir(cfg.OUTPUT_DIR, args.resume)
+    if (Path(cfg.OUTPUT_DIR) / "last_checkpoint").is_file():
+        check_same_run(cfg.OUTPUT_DIR, cfg)
+    check_loggers(cfg)
     if cfg.KD.ENABLED and cfg.MODEL.META_ARCHITECTURE.startswith("Distilled"):
         check_detection_terms(read_terms(cfg))
         find_config(cfg.KD.TEACHER.CONFIG_FILE)
@@ -69,6 +76,7 @@ def run(
     resume: bool = False,
     eval_only: bool = False,
     extra_hooks: Sequence[HookBase] = (),
+    bar: ProgressBar | None = None,
 ) -> dict[str, Any]:
     """Train (or only evaluate) in this process or process group.
 
@@ -78,35 +86,72 @@ def run(
             its data order anew; KCD's does not.
         eval_only: evaluate ``MODEL.WEIGHTS`` (or, with ``resume``, the last checkpoint).
         extra_hooks: further trainer hooks.
+        bar: shows the training on a terminal.
 
     Returns:
         ``{"bbox": {"AP": ...}, "segm": {...}}`` in percent, on the main process.
     """
     test = list(cfg.DATASETS.TEST)
     prepare_datasets(cfg, test if eval_only else [*cfg.DATASETS.TRAIN, *test])
-    if eval_only:
-        # The teacher plays no part in inference: evaluation needs none.
-        plain = cfg.clone()
-        plain.defrost()
-        plain.KD.ENABLED = False
-        model = Trainer.build_model(plain)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
-            cfg.MODEL.WEIGHTS, resume=resume
-        )
-        results = Trainer.test(plain, model)
-    else:
-        trainer = Trainer(cfg, extra_hooks)
-        trainer.resume_or_load(resume=resume)
-        prepare_pre_stage(trainer, resume)
-        trainer.train()
-        results = getattr(trainer, "_last_eval_results", {})
+    if not eval_only:
+        return _train(cfg, resume, extra_hooks, bar)
+    # The teacher plays no part in inference: evaluation needs none.
+    plain = cfg.clone()
+    plain.defrost()
+    plain.KD.ENABLED = False
+    model = Trainer.build_model(plain)
+    DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+        cfg.MODEL.WEIGHTS, resume=resume
+    )
+    results = Trainer.test(plain, model)
     if comm.is_main_process():
         verify_results(cfg, results)
-        if results and not eval_only:
-            # What stages and seeds read: processes of their own return nothing.
-            path = Path(cfg.OUTPUT_DIR) / "results.json"
-            path.write_text(json.dumps(results, indent=2) + "\n")
     return results
+
+
+def _train(
+    cfg: CfgNode, resume: bool, extra_hooks: Sequence[HookBase], bar: ProgressBar | None
+) -> dict[str, Any]:
+    cfg = _seeded(cfg)
+    trainer = Trainer(cfg, extra_hooks, bar)
+    trainer.resume_or_load(resume=resume)
+    resumed = resume and trainer.checkpointer.has_checkpoint()
+    with recorded_run(
+        cfg.OUTPUT_DIR, cfg, cfg.SEED, resumed, comm.is_main_process(), **_facts(trainer)
+    ):
+        prepare_pre_stage(trainer, resume, bar)
+        trainer.train()
+        results: dict[str, Any] = getattr(trainer, "_last_eval_results", {})
+        if comm.is_main_process():
+            verify_results(cfg, results)
+            if results:
+                # What stages and seeds read: processes of their own return nothing.
+                path = Path(cfg.OUTPUT_DIR) / "results.json"
+                replace_text(path, json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def _seeded(cfg: CfgNode) -> CfgNode:
+    """The config with the seed in use, which Detectron2 draws where ``SEED`` is negative."""
+    if cfg.SEED >= 0:
+        return cfg
+    seeded = cfg.clone()
+    seeded.defrost()
+    seeded.SEED = int(comm.shared_random_seed())
+    seeded.freeze()
+    seed_all_rng(seeded.SEED + comm.get_rank())
+    return seeded
+
+
+def _facts(trainer: Trainer) -> dict[str, Any]:
+    """What only this host can tell about a run."""
+    model, weights = unwrap(trainer.model), trainer.cfg.KD.TEACHER.WEIGHTS
+    teacher = getattr(model, "teacher", None)
+    counts = parameter_counts(model, trainer.distiller, teacher and teacher.frozen)
+    # The losses live inside the model.
+    counts["student"] -= counts["adaptors"]
+    file = PathManager.get_local_path(weights) if teacher and "://" in weights else ""
+    return {"parameters": counts, "teacher_file": file}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -152,11 +197,8 @@ def _join_torchrun(args: argparse.Namespace) -> None:
 
 def _worker(args: argparse.Namespace) -> None:
     cfg = load_cfg(args.config_file, args.opts)
-    # Stages and seeds are several runs in one process, and each would print through the handlers
-    # of all before it.
-    for name in ("detectron2", "fvcore", "kd_det"):
-        logging.getLogger(name).handlers.clear()
-    setup_logger.cache_clear()
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")
-    run(cfg, args.resume, args.eval_only)
+    with progress_bar(wanted=not args.eval_only) as bar:
+        setup_logging(cfg, args, bar, "kd_det")
+        results = run(cfg, args.resume, args.eval_only, bar=bar)
+        if bar is not None:
+            bar.finish(results)

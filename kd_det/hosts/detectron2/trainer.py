@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,17 +18,35 @@ from detectron2.engine import DefaultTrainer, create_ddp_model
 from detectron2.engine.hooks import HookBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 
 from kd_det.checkpoint import load_distiller
 from kd_det.checks import fail
+from kd_det.detection_kcd import is_condensed
 from kd_det.distiller import Distiller
-from kd_det.hosts.detectron2.condensed import Condense, CondensedRun, is_condensed
+from kd_det.hosts.detectron2.condensed import Condense, CondensedRun
+from kd_det.hosts.detectron2.progress import ProgressBar, ShowProgress
+from kd_det.hosts.detectron2.writers import RecordMetrics, build_writers
+from kd_det.loop.loggers import build_loggers
+from kd_det.tags import CurveTag
 
 
 class Trainer(DefaultTrainer):
-    """``DefaultTrainer`` with the COCO evaluator, KCD, and data-parallel on CPU too."""
+    """``DefaultTrainer`` with the COCO evaluator, KCD, and data-parallel on CPU too.
 
-    def __init__(self, cfg: CfgNode, extra_hooks: Sequence[HookBase] = ()) -> None:
+    Args:
+        cfg: a frozen config of this host.
+        extra_hooks: further hooks, after all others.
+        bar: shows the run on a terminal.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        extra_hooks: Sequence[HookBase] = (),
+        bar: ProgressBar | None = None,
+    ) -> None:
+        self._bar = bar
         self._condensed: CondensedRun | None = None
         if is_condensed(cfg):
             # Before the plan, which counts batches.
@@ -46,9 +65,26 @@ class Trainer(DefaultTrainer):
         return getattr(unwrap(self.model), "distiller", None)
 
     def build_hooks(self) -> list[HookBase]:
-        """The stock hooks, and before them KCD's."""
-        own = [Condense(self._condensed)] if self._condensed else []
+        """The stock hooks, which save, evaluate and write, and before them what they need."""
+        cfg = self.cfg
+        own: list[HookBase] = [Condense(self._condensed)] if self._condensed else []
+        own.append(RecordMetrics(self.distiller, torch.device(cfg.MODEL.DEVICE)))
+        if cfg.VIS_PERIOD > 0 and self.distiller is not None:
+            # It stands above all hosts, and draws with libraries that no other run needs.
+            own.append(importlib.import_module("kd_det.visualize.hook").VisualizeHook(cfg))
+        if self._bar is not None:
+            evaluated = cfg.TEST.EVAL_PERIOD if cfg.DATASETS.TEST else None
+            own.append(ShowProgress(self._bar, self._tag, evaluated))
         return [*own, *super().build_hooks()]
+
+    def build_writers(self) -> list[EventWriter]:
+        """See :func:`kd_det.hosts.detectron2.writers.build_writers`."""
+        output = self.cfg.OUTPUT_DIR
+        return build_writers(output, self.max_iter, self._tag, build_loggers(self.cfg, output))
+
+    @property
+    def _tag(self) -> CurveTag:
+        return CurveTag(tuple(self.distiller.terms) if self.distiller is not None else ())
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As usual, except that ``MODEL.WEIGHTS`` start the student only.
@@ -57,12 +93,8 @@ class Trainer(DefaultTrainer):
         """
         started = resume and self.checkpointer.has_checkpoint()
         distiller = None if started else self.distiller
-        own = {k: v.clone() for k, v in distiller.state_dict().items()} if distiller else {}
-        super().resume_or_load(resume)
-        if distiller is not None:
-            distiller.load_state_dict(own)
-            if self.cfg.KD.WEIGHTS:
-                load_distiller(distiller, self.cfg.KD.WEIGHTS)
+        with student_start(distiller, self.cfg):
+            super().resume_or_load(resume)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators: Any = None) -> dict[str, Any]:
@@ -88,6 +120,17 @@ class Trainer(DefaultTrainer):
             )
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         return COCOEvaluator(dataset_name, output_dir=folder)
+
+
+@contextmanager
+def student_start(distiller: Distiller | None, cfg: CfgNode) -> Iterator[None]:
+    """What is loaded inside starts the student only; losses start from ``KD.WEIGHTS``, or anew."""
+    own = {k: v.clone() for k, v in distiller.state_dict().items()} if distiller else {}
+    yield
+    if distiller is not None:
+        distiller.load_state_dict(own)
+        if cfg.KD.WEIGHTS:
+            load_distiller(distiller, cfg.KD.WEIGHTS)
 
 
 def unwrap(model: torch.nn.Module) -> Any:

@@ -34,7 +34,7 @@ _COCO_SPLITS = {
     "coco_2017_train": ("coco/annotations/instances_train2017.json", "coco/train2017"),
     "coco_2017_val": ("coco/annotations/instances_val2017.json", "coco/val2017"),
 }
-_DIGITS = ("digits_train", "digits_val")
+DIGITS = ("digits_train", "digits_val")
 
 
 class CocoDataset(Dataset[Sample]):
@@ -65,8 +65,9 @@ class CocoDataset(Dataset[Sample]):
         with contextlib.redirect_stdout(io.StringIO()):
             coco = COCO(str(json_file))
         # Contiguous labels from 1, in the order of the ids; 0 is the background.
-        self.class_names = [c["name"] for c in coco.loadCats(sorted(coco.getCatIds()))]
-        labels = {c: i + 1 for i, c in enumerate(sorted(coco.getCatIds()))}
+        self.category_ids = sorted(coco.getCatIds())
+        self.class_names = [c["name"] for c in coco.loadCats(self.category_ids)]
+        labels = {c: i + 1 for i, c in enumerate(self.category_ids)}
         self.images: list[dict[str, Any]] = []
         self.annotations: list[list[dict[str, Any]]] = []
         for image in coco.loadImgs(sorted(coco.getImgIds())):
@@ -200,7 +201,7 @@ def dataset_paths(cfg: CfgNode, name: str) -> tuple[Path, Path]:
                 remedy="give the annotation file and the folder of the images",
             )
         return Path(entry[0]), Path(entry[1])
-    if name in _DIGITS:
+    if name in DIGITS:
         from kd_det.data.digits import write_digits
 
         return write_digits(root / "digits")[name]
@@ -214,7 +215,7 @@ def dataset_paths(cfg: CfgNode, name: str) -> tuple[Path, Path]:
                 "folder that holds coco/",
             )
         return json_file, images
-    known = [*_DIGITS, *_COCO_SPLITS, *cfg.DATASETS.COCO_JSON]
+    known = [*DIGITS, *_COCO_SPLITS, *cfg.DATASETS.COCO_JSON]
     fail(expected="a known data set", received=f"'{name}'", remedy=nearest(name, known))
 
 

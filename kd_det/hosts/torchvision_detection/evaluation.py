@@ -1,15 +1,23 @@
-"""COCO average precision of torchvision's detections, by torchmetrics."""
+"""COCO average precision of torchvision's detections, by torchmetrics, and the file of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-import torch.distributed as dist
+import numpy as np
+from pycocotools import mask as rle
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
+from torchvision.ops import box_convert
 
+from kd_det.loop.predictions import gather_objects, write_predictions
+
+DETECTIONS = "inference/coco_instances_results.json"
 _MASK_THRESHOLD = 0.5
+# pycocotools' own, which torchmetrics has in float32: a recall of exactly 0.3 is below those.
+_IOUS, _RECALLS = np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)
 _NAMES = {
     "AP": "map",
     "AP50": "map_50",
@@ -31,7 +39,11 @@ class COCOMetric:
         self.kinds: tuple[Literal["bbox", "segm"], ...] = ("bbox", "segm") if masks else ("bbox",)
         # Its own synchronisation needs as many images on every process.
         self._metric = MeanAveragePrecision(
-            iou_type=self.kinds, backend="pycocotools", sync_on_compute=False
+            iou_type=self.kinds,
+            iou_thresholds=_IOUS.tolist(),
+            rec_thresholds=_RECALLS.tolist(),
+            backend="pycocotools",
+            sync_on_compute=False,
         )
 
     def update(
@@ -40,10 +52,10 @@ class COCOMetric:
         """Add images.
 
         Args:
-            detections: per image what torchvision's detectors return.
+            detections: per image what torchvision's detectors return, or that :func:`prepared`.
             targets: per image the ground truth, with ``iscrowd`` and ``area``.
         """
-        self._metric.update([_prepared(d) for d in detections], [_prepared(t) for t in targets])
+        self._metric.update([prepared(d) for d in detections], [prepared(t) for t in targets])
 
     def compute(self) -> dict[str, dict[str, float]]:
         """``{"bbox": {"AP": ..., "AP50": ...}, "segm": ...}`` in percent, of all processes."""
@@ -58,16 +70,59 @@ class COCOMetric:
         return results
 
     def _gather(self) -> None:
-        if not (dist.is_available() and dist.is_initialized()):
-            return
         own = self._metric.metric_state
-        states: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(states, own)
+        states = gather_objects(own)
         for name in own:
             setattr(self._metric, name, [entry for state in states for entry in state[name]])
 
 
-def _prepared(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+class DetectionFile:
+    """Collects detections on each process for ``inference/coco_instances_results.json``.
+
+    The file is a list of COCO results, as Detectron2's evaluator writes it: ids as in the data
+    set's json, boxes ``(x, y, width, height)`` in pixels of the image as it is, masks as RLE.
+    Numbers keep their full precision, so that pycocotools finds the same AP in them.
+
+    Args:
+        image_ids: of the data set's images, in their order.
+        category_ids: of the labels 1, 2, ...
+    """
+
+    def __init__(self, image_ids: Sequence[int], category_ids: Sequence[int]) -> None:
+        self.image_ids = image_ids
+        self.category_ids = category_ids
+        self._found: list[dict[str, Any]] = []
+
+    def update(self, detections: Sequence[Mapping[str, Tensor]], indices: Sequence[int]) -> None:
+        """Add images.
+
+        Args:
+            detections: :func:`prepared`, per image.
+            indices: places of these images in the data set.
+        """
+        for found, index in zip(detections, indices, strict=True):
+            boxes = box_convert(found["boxes"], "xyxy", "xywh").tolist()
+            masks = [_encoded(mask) for mask in found["masks"]] if "masks" in found else []
+            scores, labels = found["scores"].tolist(), found["labels"].tolist()
+            for k, (box, score, label) in enumerate(zip(boxes, scores, labels, strict=True)):
+                entry = {
+                    "image_id": self.image_ids[index],
+                    "category_id": self.category_ids[label - 1],
+                    "bbox": box,
+                    "score": score,
+                }
+                self._found.append(entry | ({"segmentation": masks[k]} if masks else {}))
+
+    def write(self, output_dir: str | Path) -> None:
+        """Write what all processes have collected, by image; every process must call it."""
+        everything = [entry for part in gather_objects(self._found) for entry in part]
+        # A stable order: detections of an image stay as the detector ranked them.
+        write_predictions(
+            Path(output_dir) / DETECTIONS, sorted(everything, key=lambda e: e["image_id"])
+        )
+
+
+def prepared(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Detections or ground truth as torchmetrics wants them: on the CPU, masks as booleans."""
     kept = {k: values[k] for k in ("boxes", "labels", "scores", "iscrowd", "area") if k in values}
     kept = {k: v.float() if v.is_floating_point() else v for k, v in kept.items()}
@@ -77,3 +132,8 @@ def _prepared(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         masks = masks[:, 0] > _MASK_THRESHOLD if masks.is_floating_point() else masks
         kept["masks"] = masks.bool()
     return {k: v.detach().cpu() for k, v in kept.items()}
+
+
+def _encoded(mask: Tensor) -> dict[str, Any]:
+    encoded = rle.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+    return {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")}

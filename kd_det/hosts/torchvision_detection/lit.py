@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from kd_det.checks import fail
@@ -18,16 +15,18 @@ from kd_det.hosts.torchvision_detection.data import (
     evaluation_loader,
     train_loader,
 )
-from kd_det.hosts.torchvision_detection.evaluation import COCOMetric
-from kd_det.hosts.torchvision_detection.kcd import costs, dataset_indices
+from kd_det.hosts.torchvision_detection.evaluation import COCOMetric, DetectionFile, prepared
+from kd_det.hosts.torchvision_detection.kcd import costs, dataset_indices, report_costs
 from kd_det.hosts.torchvision_detection.model import DistilledDetector
-from kd_det.loop.optim import learning_rate_factor, parameter_groups
+from kd_det.loop.module import DistillationModule
+from kd_det.loop.optim import build_sgd, learning_rate_factor
 from kd_det.losses.base import full_precision
 
-logger = logging.getLogger(__name__)
+TASK_LOSSES = ("classification", "bbox_regression", "bbox_ctrness")
+"""torchvision's names of losses that do not begin with ``loss_``: those of dense detectors."""
 
 
-class LitDetector(LightningModule):
+class LitDetector(DistillationModule):
     """Trains a stock detector or a :class:`DistilledDetector`; their state is its only state.
 
     Args:
@@ -37,12 +36,9 @@ class LitDetector(LightningModule):
         dataset: the training images; None where nothing is trained.
         condensation: KCD's state, where the training set shrinks; ``cfg`` must be planned for it
             and ``model`` must leave values of its images.
-
-    Attributes:
-        results: of the last evaluation, ``{"bbox": {"AP": ...}}`` in percent; with KCD also its
-            costs, under ``"kcd"``.
-        evaluated_at: the iteration of that evaluation, or None.
     """
+
+    remedy = "lower SOLVER.BASE_LR or the weight of a term, or lengthen the warm-up"
 
     def __init__(
         self,
@@ -52,31 +48,13 @@ class LitDetector(LightningModule):
         dataset: CocoDataset | None = None,
         condensation: Condensation | None = None,
     ) -> None:
-        super().__init__()
-        self.model = model
-        self.cfg = cfg
-        self.seed = seed
+        super().__init__(model, cfg, seed)
         self.dataset = dataset
         self.condensation = condensation
-        self.results: dict[str, dict[str, float]] = {}
-        self.evaluated_at: int | None = None
-        self._rng: Tensor | None = None
         self._metric: COCOMetric | None = None
+        self._file: DetectionFile | None = None
         if cfg.SOLVER.AMP.ENABLED:
             use_full_precision_levels(model)
-
-    @property
-    def student(self) -> nn.Module:
-        """The stock detector."""
-        return self.model.student if isinstance(self.model, DistilledDetector) else self.model
-
-    # A checkpoint has the student's own keys, without the name it has here.
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        return self.model.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return self.model.load_state_dict(state_dict, *args, **kwargs)
 
     # Training
 
@@ -91,13 +69,7 @@ class LitDetector(LightningModule):
     def training_step(self, batch: tuple[list[Tensor], list[dict[str, Tensor]]], _: int) -> Tensor:
         losses = self.model(*batch)
         total = torch.stack([full_precision(loss) for loss in losses.values()]).sum()
-        if not torch.isfinite(total):
-            raise FloatingPointError(
-                f"losses are not finite at iteration {self.global_step}: "
-                + ", ".join(f"{k} {v.item():.4g}" for k, v in losses.items())
-                + "; lower SOLVER.BASE_LR or the weight of a term, or lengthen the warm-up"
-            )
-        self.log_dict({"total_loss": total.detach(), **{k: v.detach() for k, v in losses.items()}})
+        self.log_losses(losses, total)
         if self.condensation is not None:
             # Within the step, so that a checkpoint of this iteration knows its values too.
             indices = torch.tensor(dataset_indices(batch[1]))
@@ -107,25 +79,21 @@ class LitDetector(LightningModule):
 
     def configure_optimizers(self) -> Any:
         solver = self.cfg.SOLVER
-        optimizer = torch.optim.SGD(
-            parameter_groups(self.model, solver.WEIGHT_DECAY, solver.WEIGHT_DECAY_NORM),
-            lr=solver.BASE_LR,
-            momentum=solver.MOMENTUM,
-        )
+        optimizer = build_sgd(self.model, solver)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(solver, step)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["rng_state"] = torch.get_rng_state()
+        super().on_save_checkpoint(checkpoint)
         if self.condensation is not None:
             # Saving is called on every process, though only the first writes.
             self.condensation.ledger.merge()
             checkpoint["kcd"] = self.condensation.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._rng = checkpoint.get("rng_state")
+        super().on_load_checkpoint(checkpoint)
         if (self.condensation is not None) != ("kcd" in checkpoint):
             fail(
                 expected="to resume a run with KD.KCD.ENABLED as it began",
@@ -138,23 +106,10 @@ class LitDetector(LightningModule):
     def on_fit_start(self) -> None:
         set_input_sizes(self.student, self.cfg, training=True)
 
-    def on_train_start(self) -> None:
-        # RoI and anchor sampling go on where they were. Each process of several has a stream of
-        # its own, and only that of the first is in the checkpoint.
-        if self._rng is not None and self.trainer.world_size == 1:
-            torch.set_rng_state(self._rng.cpu())
-        self._rng = None
-
     def on_train_end(self) -> None:
-        # A run may be shorter than the distiller's report period.
-        if isinstance(self.model, DistilledDetector) and self.trainer.is_global_zero:
-            self.model.distiller.report_silent()
+        super().on_train_end()
         if self.condensation is not None:
-            logger.info(
-                "KCD: the run took %(cost_measured).1f %% of the samples of a whole one (published "
-                "formula, whose first stage is already condensed: %(cost_formula).1f %%)",
-                costs(self.condensation),
-            )
+            report_costs(self.condensation)
 
     # Evaluation
 
@@ -165,23 +120,27 @@ class LitDetector(LightningModule):
         set_input_sizes(self.student, self.cfg, training=False)
         roi_heads = getattr(self.student, "roi_heads", None)
         self._metric = COCOMetric(masks=roi_heads is not None and roi_heads.has_mask())
+        data: CocoDataset = self.trainer.val_dataloaders.dataset
+        self._file = DetectionFile([image["id"] for image in data.images], data.category_ids)
 
     def validation_step(self, batch: tuple[list[Tensor], list[dict[str, Tensor]]], _: int) -> None:
         images, targets = batch
         assert self._metric is not None
-        self._metric.update(self.model(images), targets)
+        assert self._file is not None
+        detections = [prepared(found) for found in self.model(images)]
+        self._metric.update(detections, targets)
+        self._file.update(detections, dataset_indices(targets))
 
     def on_validation_epoch_end(self) -> None:
         assert self._metric is not None
+        assert self._file is not None
         self.results = self._metric.compute()
+        self._file.write(self.cfg.OUTPUT_DIR)
         if self.condensation is not None:
             self.results["kcd"] = costs(self.condensation)
-        self._metric = None
+        self._metric = self._file = None
         self.evaluated_at = self.global_step
         set_input_sizes(self.student, self.cfg, training=True)
-        flat = {f"{kind}/{k}": v for kind, of in self.results.items() for k, v in of.items()}
-        for logger in self.loggers:
-            logger.log_metrics(flat, step=self.global_step)
 
 
 def set_input_sizes(detector: nn.Module, cfg: CfgNode, training: bool) -> None:

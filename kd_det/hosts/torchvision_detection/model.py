@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kd_det.balance import Balance
 from kd_det.checkpoint import name_keys_as_student
 from kd_det.checks import fail
+from kd_det.classes import ClassMap, mapped_specs
 from kd_det.distiller import Distiller
 from kd_det.hosts.torchvision_detection.pre_stage import TeacherCaptures
 from kd_det.hosts.torchvision_detection.taps import (
@@ -20,6 +23,7 @@ from kd_det.hosts.torchvision_detection.taps import (
     BOXES,
     FEATURES,
     IMAGES,
+    LOGITS,
     MASK_BOXES,
     MASK_CLASSES,
     TRANSFORMED,
@@ -68,6 +72,10 @@ class DistilledDetector(nn.Module):
         values: in every training step, also leave in ``image_values`` how uncertain the student
             is about each image, ``[N]`` in 0..1; see
             :mod:`kd_det.hosts.torchvision_detection.uncertainty`.
+        class_map: how the teacher's logits become those of the student's classes, from
+            :func:`kd_det.classes.match_classes`; None if they are already.
+        balance: adapts the weights of the terms; gradients are compared on the student's backbone.
+            See :mod:`kd_det.balance`.
 
     Raises:
         KDError: no terms, an unknown tap, a term named like a task loss, taps whose rows do not
@@ -83,6 +91,8 @@ class DistilledDetector(nn.Module):
         report_period: int = 1000,
         task_weight: float = 1.0,
         values: bool = False,
+        class_map: ClassMap | None = None,
+        balance: Balance | None = None,
     ) -> None:
         super().__init__()
         parsed = list(parse_terms(terms) if isinstance(terms, Mapping) else terms)
@@ -104,16 +114,20 @@ class DistilledDetector(nn.Module):
         teacher_names = list(dict.fromkeys(t for term in parsed for _, t in term.taps))
         student_table = tap_table(student, student_names)
         teacher_table = tap_table(self.teacher.model, teacher_names)
+        self.class_map = class_map
+        # torchvision counts a background in every head.
+        specs = mapped_specs(teacher_table.specs, class_map, dict.fromkeys(LOGITS, 1))
+        teacher_table = replace(teacher_table, specs=specs)
         check_terms(parsed, student, self.teacher.model, student_table, teacher_table)
         with torch.random.fork_rng(devices=[]):
             self.distiller = Distiller(
-                parsed, student_table.specs, teacher_table.specs, CONTEXT, report_period
+                parsed, student_table.specs, teacher_table.specs, CONTEXT, report_period, balance
             )
         self.distiller.to(next(student.parameters()).device)
         self._levels = student_table.levels
         self._student_names = student_names
         self._needs = {need for term in parsed for need in LOSSES.get(term.loss).needs}
-        self._teacher_pass = TeacherPass(self.teacher, teacher_table, teacher_names)
+        self._teacher_pass = TeacherPass(self.teacher, teacher_table, teacher_names, class_map)
         self.task_weight = task_weight
         self.image_values: Tensor | None = None
         # The logits whose entropy is measured; None: nothing is.
@@ -158,7 +172,8 @@ class DistilledDetector(nn.Module):
         student = {name: self._student_value(name, recorded) for name in self._student_names}
         if self._uncertain:
             self.image_values = self._values(recorded[self._uncertain], recorded, matched)
-        return losses | self.distiller(student, teacher, self._context(recorded))
+        shared = [p for p in self.student.backbone.parameters() if p.requires_grad]  # type: ignore[union-attr]
+        return losses | self.distiller(student, teacher, self._context(recorded), losses, shared)
 
     def teacher_captures(self, sizes: Sequence[int], max_size: int) -> TeacherCaptures:
         """What the teacher computes for the terms that learn from it alone, beforehand.
@@ -170,7 +185,7 @@ class DistilledDetector(nn.Module):
         losses = pre_stage_losses(self.distiller).values()
         names = list(dict.fromkeys(tap for _, taps in losses for tap in taps))
         table = self._teacher_pass.table
-        return TeacherCaptures(self.teacher, table, names, sizes, max_size)
+        return TeacherCaptures(self.teacher, table, names, sizes, max_size, self.class_map)
 
     def _weighted(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.task_weight == 1:

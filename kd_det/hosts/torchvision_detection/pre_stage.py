@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kd_det.classes import ClassMap, map_logits
 from kd_det.hosts.torchvision_detection.taps import HEAD_TAPS, Detector, TapTable
 from kd_det.taps import TapRecorder
 from kd_det.teacher import FrozenTeacher
@@ -28,6 +29,7 @@ class TeacherCaptures:
         wanted: the tap names to record.
         sizes: shorter sides of the run's training images; one is drawn for each.
         max_size: longest side.
+        class_map: from the teacher's classes to the student's, where they differ.
     """
 
     def __init__(
@@ -37,8 +39,9 @@ class TeacherCaptures:
         wanted: Sequence[str],
         sizes: Sequence[int],
         max_size: int,
+        class_map: ClassMap | None = None,
     ) -> None:
-        self.teacher = teacher
+        self.teacher, self.class_map = teacher, class_map
         self.sizes, self.max_size = tuple(sizes), max_size
         self._through_heads = any(name in HEAD_TAPS for name in wanted)
         self._recorder = TapRecorder(teacher, {name: table.taps[name] for name in wanted})
@@ -60,6 +63,8 @@ class TeacherCaptures:
                     model.backbone(model.transform(list(images))[0].tensors)
             recorded = self._recorder.read()
             self._recorder.release()
+            if "box_logits" in recorded:
+                recorded["box_logits"] = map_logits(recorded["box_logits"], self.class_map, "first")
         return recorded
 
 

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from fvcore.common.config import CfgNode
 
 from kd_det.checkpoint import read_weights
-from kd_det.checks import fail
 from kd_det.hosts.torchvision_detection.config import load_config
 from kd_det.hosts.torchvision_detection.models import build_model
-from kd_det.teacher import FrozenTeacher, load_strict
+from kd_det.teacher import (
+    FrozenTeacher,
+    check_teacher_config,
+    check_teacher_weights,
+    load_strict,
+)
+
+_EXAMPLE = "configs/digits_torchvision/teacher_frcnn.yaml"
+
+
+def teacher_config(cfg: CfgNode) -> CfgNode:
+    """The complete config that ``cfg.KD.TEACHER.CONFIG_FILE`` names.
+
+    Raises:
+        KDError: there is none, or this host cannot read it.
+    """
+    check_teacher_config(cfg.KD.TEACHER.CONFIG_FILE, _EXAMPLE)
+    return load_config(cfg.KD.TEACHER.CONFIG_FILE)
 
 
 def build_teacher(cfg: CfgNode) -> FrozenTeacher:
@@ -24,21 +38,8 @@ def build_teacher(cfg: CfgNode) -> FrozenTeacher:
             every key of the teacher exactly.
     """
     node = cfg.KD.TEACHER
-    if not node.CONFIG_FILE or not Path(node.CONFIG_FILE).is_file():
-        fail(
-            expected="KD.TEACHER.CONFIG_FILE to name the teacher's complete config",
-            received=f"'{node.CONFIG_FILE}'",
-            remedy="give a path such as configs/digits_torchvision/teacher_frcnn.yaml, or set "
-            "KD.ENABLED False",
-        )
-    if not node.WEIGHTS and not node.ALLOW_RANDOM:
-        fail(
-            expected="KD.TEACHER.WEIGHTS to name the teacher's weights",
-            received="''",
-            remedy=f"train {node.CONFIG_FILE} and give its model_final.pth, or set "
-            "KD.TEACHER.ALLOW_RANDOM True to distil from an untrained teacher on purpose",
-        )
-    teacher_cfg = load_config(node.CONFIG_FILE)
+    teacher_cfg = teacher_config(cfg)
+    check_teacher_weights(node.WEIGHTS, node.CONFIG_FILE, node.ALLOW_RANDOM)
     # Its own weights follow; those of its backbone alone would be downloaded for nothing.
     teacher_cfg.MODEL.BACKBONE.WEIGHTS = ""
     with torch.random.fork_rng(devices=[]):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kd_det.adaptors import crop_to
+from kd_det.classes import ClassMap, map_labels, map_logits
 from kd_det.hosts.torchvision_detection.taps import (
     BOX_TAPS,
     BOXES,
@@ -40,11 +41,13 @@ class TeacherPass:
         teacher: a frozen stock torchvision detector.
         table: its taps.
         wanted: the teacher's tap names that terms use.
+        class_map: from the teacher's classes to the student's, where they differ.
     """
 
     teacher: FrozenTeacher
     table: TapTable
     wanted: Collection[str]
+    class_map: ClassMap | None = None
 
     def __call__(
         self, student: Detector, images: Sequence[Tensor], recorded: Mapping[str, Any]
@@ -90,14 +93,17 @@ class TeacherPass:
             heads = model.roi_heads
             pooled = heads.mask_roi_pool(features, recorded[MASK_BOXES], sizes)
             masks = heads.mask_predictor(heads.mask_head(pooled))
-            values["mask_logits"] = select_class(masks, recorded[MASK_CLASSES])
+            labels = map_labels(recorded[MASK_CLASSES], self.class_map, first=1)
+            values["mask_logits"] = select_class(masks, labels)
         if "cls_logits" in self.wanted:
             padded = recorded[IMAGES].shape[-2:]
             levels = [
                 _crop(features[key], padded, self.table.specs[name].stride or 1)
                 for name, key in self.table.levels.items()
             ]
-            values["cls_logits"] = model.head.classification_head(levels).flatten(0, 1)
+            rows = model.head.classification_head(levels).flatten(0, 1)
+            # Independent classes, of which the first is never any anchor's.
+            values["cls_logits"] = map_logits(rows, self.class_map, "first", exclusive=False)
         return values
 
     def _box_branch(self, heads: Detector, pooled: Tensor) -> dict[str, Tensor]:
@@ -106,7 +112,8 @@ class TeacherPass:
         if "box_features" in self.wanted or "box_logits" in self.wanted:
             values["box_features"] = heads.box_head(pooled)
         if "box_logits" in self.wanted:
-            values["box_logits"] = heads.box_predictor(values["box_features"])[0]
+            logits = heads.box_predictor(values["box_features"])[0]
+            values["box_logits"] = map_logits(logits, self.class_map, "first")
         return {name: value for name, value in values.items() if name in self.wanted}
 
 

@@ -74,7 +74,7 @@ def _check_logits(
         fail(
             expected=f"student and teacher of term '{term}' ({tap}) to have the same classes",
             received=f"student {counts[0]} classes, teacher {counts[1]} classes",
-            remedy="train the teacher on the student's data, or distil features only",
+            remedy="map the teacher's classes (KD.CLASS_MAP), or distil features only",
         )
     if tap == "cls_logits":
         layouts = [

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from kd_det.hosts.classification.classes import class_names
 from kd_det.hosts.classification.data import SOURCES, ClassificationData, build_source
 from kd_det.hosts.classification.digits import DigitImages
 
@@ -107,6 +108,13 @@ def test_cifar100_comes_with_fine_or_coarse_classes(config, cifar100):
     assert (fine.targets.tolist(), fine.num_classes) == ([9, 8, 7, 6], 100)
     assert (coarse.targets.tolist(), coarse.num_classes) == ([3, 2, 1, 0], 20)
     assert fine[0][0].shape == (3, 16, 16)
+
+
+def test_names_of_cifar_are_those_of_its_own_file(config, root, cifar100):
+    names = class_names(config(DATASETS={"TRAIN": ["cifar100_train"]}))
+    assert names == [f"fine{k}" for k in range(100)]
+    (root / "cifar-100-python" / "meta").write_bytes(b"damaged")
+    assert class_names(config(DATASETS={"TRAIN": ["cifar100_train"]})) is None
 
 
 def test_damaged_cifar_is_refused(root, cifar100, refuses):

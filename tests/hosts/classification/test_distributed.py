@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import torch
 import yaml
+
+from kd_det.hosts.classification.data import ClassificationData
+from kd_det.hosts.classification.lit import PREDICTIONS
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -81,3 +85,7 @@ def test_two_processes_end_with_one_model_and_one_selection(config, tmp_path):
     for key in ("active", "partners", "epsilons"):
         assert torch.equal(first["kcd"][key], second["kcd"][key])
     assert first["kcd"]["stage"] == 1
+    predictions = json.loads((Path(cfg.OUTPUT_DIR) / PREDICTIONS).read_text())
+    targets = ClassificationData(cfg, training=False).targets.tolist()
+    assert [p["index"] for p in predictions] == list(range(len(targets)))
+    assert [p["target"] for p in predictions] == targets

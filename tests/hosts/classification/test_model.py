@@ -102,7 +102,7 @@ def test_a_teacher_of_other_classes_is_refused(config, refuses, tmp_path):
         "HOST: classification\nMODEL: {NAME: resnet8_x0.5, NUM_CLASSES: 7}\n"
     )
     cfg.KD.TEACHER.WEIGHTS, cfg.KD.TEACHER.ALLOW_RANDOM = "", True
-    with refuses("student 10 logits, teacher 7 logits"):
+    with refuses("student 10 classes, teacher 7 classes", "KD.TEACHER.CLASS_NAMES"):
         build_training_model(cfg)
 
 

@@ -14,43 +14,26 @@ pytest.importorskip("detectron2")
 from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import read_image
 from detectron2.engine.hooks import HookBase
-from detectron2.utils.env import seed_all_rng
 
 from kd_det.condensation import Condensation
 from kd_det.data.digits import DigitsSpec, write_digits
+from kd_det.detection_kcd import StageLoader
 from kd_det.hosts.detectron2 import get_cfg
 from kd_det.hosts.detectron2.blending import BlendMapper
 from kd_det.hosts.detectron2.condensed import (
     CondensedRun,
     OrientedSampler,
-    StageLoader,
     check_kcd,
 )
-from kd_det.hosts.detectron2.datasets import register_datasets
-from kd_det.hosts.detectron2.train import run
 from kd_det.hosts.detectron2.trainer import Trainer
 from kd_det.subset import InfiniteSubsetSampler
-from tests.hosts.detectron2.models import distilled_cfg, write_teacher
+from tests.hosts.detectron2.models import write_teacher
+from tests.hosts.detectron2.runs import Interrupt, Stop, small_cfg, train
 
 pytestmark = pytest.mark.detectron2
 
 IMAGES, BATCH, PERIOD, TOTAL = 8, 2, 4, 12
 LOOK = {"look": {"LOSS": "AT", "MODE": "paper", "TAPS": ["p2", "p3"]}}
-
-
-class Stop(Exception):
-    pass
-
-
-class Interrupt(HookBase):
-    """Die after so many iterations."""
-
-    def __init__(self, after):
-        self.after = after
-
-    def after_step(self):
-        if self.trainer.iter + 1 == self.after:
-            raise Stop
 
 
 class Watch(HookBase):
@@ -68,42 +51,23 @@ def data(tmp_path_factory):
     """Eight images of digits and a random teacher from a real file."""
     folder = tmp_path_factory.mktemp("condensed")
     images = write_digits(folder / "mini", DigitsSpec(train_images=IMAGES, val_images=1, canvas=96))
-    return images["digits_train"], write_teacher(folder, "faster")
+    return images, write_teacher(folder, "faster")
 
 
 @pytest.fixture
 def make_cfg(data, tmp_path):
     """``make_cfg(folder, *opts)``: a run of seconds with KCD."""
-    (json_file, images), teacher = data
+    images, teacher = data
 
     def make(folder="out", *opts):
-        cfg = distilled_cfg("faster", teacher, LOOK)
-        name = f"condensed_{tmp_path.name}"
-        cfg.DATASETS.COCO_JSON[name] = [str(json_file), str(images)]
-        register_datasets(cfg)
-        cfg.merge_from_list(
-            [
-                *("DATASETS.TRAIN", (name,), "DATASETS.TEST", ()),
-                *("INPUT.MIN_SIZE_TRAIN", (96,), "INPUT.RANDOM_FLIP", "horizontal"),
-                *("SOLVER.IMS_PER_BATCH", BATCH, "SOLVER.MAX_ITER", TOTAL),
-                *("SOLVER.STEPS", (6, 11), "SOLVER.WARMUP_ITERS", 2),
-                *("SOLVER.CHECKPOINT_PERIOD", 3, "SEED", 7),
-                *("KD.KCD.ENABLED", True, "KD.KCD.PERIOD", PERIOD, "KD.KCD.RHO", 0.5),
-                *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8, "OUTPUT_DIR", str(tmp_path / folder)),
-                *opts,
-            ]
-        )
-        (tmp_path / folder).mkdir(exist_ok=True)
-        cfg.freeze()
-        return cfg
+        own = [
+            *("INPUT.RANDOM_FLIP", "horizontal", "SOLVER.MAX_ITER", TOTAL),
+            *("SOLVER.STEPS", (6, 11), "SOLVER.WARMUP_ITERS", 2, "SOLVER.CHECKPOINT_PERIOD", 3),
+            *("KD.KCD.ENABLED", True, "KD.KCD.PERIOD", PERIOD, "KD.KCD.RHO", 0.5),
+        ]
+        return small_cfg(images, teacher, LOOK, tmp_path / folder, *own, *opts)
 
     return make
-
-
-def train(cfg, *hooks, resume=False):
-    """As the command line does."""
-    seed_all_rng(cfg.SEED)
-    run(cfg, resume, extra_hooks=hooks)
 
 
 def final(cfg):

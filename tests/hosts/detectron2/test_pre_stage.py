@@ -10,15 +10,14 @@ pytest.importorskip("detectron2")
 
 from detectron2.engine.hooks import HookBase
 from detectron2.modeling import build_model
-from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 from kd_det.data.digits import DigitsSpec, write_digits
 from kd_det.hosts.detectron2 import build_teacher
-from kd_det.hosts.detectron2.datasets import register_datasets
 from kd_det.hosts.detectron2.pre_stage import TeacherCaptures
-from kd_det.hosts.detectron2.train import run
+from tests.hosts.detectron2 import runs
 from tests.hosts.detectron2.models import batch, distilled_cfg, tiny_cfg, write_teacher
+from tests.hosts.detectron2.runs import Stop, small_cfg
 
 pytestmark = pytest.mark.detectron2
 
@@ -32,37 +31,22 @@ GRAPH = {
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pre_stage")
     images = write_digits(folder / "mini", DigitsSpec(train_images=4, val_images=1, canvas=96))
-    return images["digits_train"], write_teacher(folder, "faster")
+    return images, write_teacher(folder, "faster")
 
 
 @pytest.fixture
 def make_cfg(data, tmp_path):
-    (json_file, images), files = data
+    images, files = data
 
     def make(folder, *opts, teacher=files, terms=GRAPH):
-        cfg = distilled_cfg("faster", teacher, terms)
-        name = f"pre_stage_{tmp_path.name}"
-        cfg.DATASETS.COCO_JSON[name] = [str(json_file), str(images)]
-        register_datasets(cfg)
-        cfg.merge_from_list(
-            [
-                *("DATASETS.TRAIN", (name,), "DATASETS.TEST", (), "SEED", 7),
-                *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", ()),
-                *("KD.PRE_STAGE.MAX_ITER", 3, "SOLVER.CHECKPOINT_PERIOD", 2),
-                *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8, "OUTPUT_DIR", str(tmp_path / folder)),
-                *opts,
-            ]
-        )
-        (tmp_path / folder).mkdir(exist_ok=True)
-        cfg.freeze()
-        return cfg
+        own = ["SOLVER.MAX_ITER", 2, "KD.PRE_STAGE.MAX_ITER", 3, *opts]
+        return small_cfg(images, teacher, terms, tmp_path / folder, *own)
 
     return make
 
 
 def train(cfg, *hooks, resume=False):
-    seed_all_rng(cfg.SEED)
-    run(cfg, resume, extra_hooks=hooks)
+    runs.train(cfg, *hooks, resume=resume)
     return torch.load(f"{cfg.OUTPUT_DIR}/model_final.pth", weights_only=True)["model"]
 
 
@@ -104,9 +88,6 @@ def test_it_is_trained_first_saved_and_reused_with_the_same_outcome(make_cfg, tm
 
 
 def test_an_interrupted_run_takes_the_finished_pre_stage(make_cfg, tmp_path, refuses):
-    class Stop(Exception):
-        pass
-
     def stop(trainer):
         raise Stop
 

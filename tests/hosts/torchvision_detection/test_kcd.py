@@ -14,13 +14,13 @@ from kd_det.checks import KDError
 from kd_det.hosts.torchvision_detection import model as host_model
 from kd_det.hosts.torchvision_detection.data import CocoDataset, collate, train_loader
 from kd_det.hosts.torchvision_detection.kcd import build_condensation, planned_config
-from kd_det.hosts.torchvision_detection.lit import learning_rate_factor
 from kd_det.hosts.torchvision_detection.train import run
 from kd_det.hosts.torchvision_detection.uncertainty import (
     anchor_values,
     recorded_matches,
     roi_values,
 )
+from kd_det.loop.optim import learning_rate_factor
 from tests.hosts.torchvision_detection.models import (
     ARCHITECTURES,
     Stop,

@@ -17,6 +17,8 @@ from kd_det.hosts.torchvision_detection.config import load_config
 from kd_det.hosts.torchvision_detection.data import CocoDataset, StepSampler, collate
 from kd_det.hosts.torchvision_detection.models import build_model
 from kd_det.hosts.torchvision_detection.train import build_training_model, run
+from kd_det.loop import optim
+from kd_det.record import read_record
 from tests.hosts.torchvision_detection.models import Stop, all_terms, student_model, tiny_cfg
 
 
@@ -66,11 +68,17 @@ def test_a_run_resumes_to_the_same_weights_and_evaluates_to_the_same_ap(options,
     # Resuming what is finished trains nothing.
     assert same(run(config(again), resume=True, progress=lambda *_: None), results)
 
-    # Evaluation alone needs no teacher and writes nothing.
-    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    # Evaluation alone needs no teacher and writes nothing but its detections.
+    found = out / "inference" / "coco_instances_results.json"
+    written = found.read_text()
+    found.unlink()
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p != found.parent}
     evaluated = config(options, teacher=False)
     assert same(run(evaluated, eval_only=True, progress=lambda *_: None), results)
-    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+    assert found.read_text() == written
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p != found.parent} == before | {
+        found: found.stat().st_mtime_ns
+    }
     assert any(v > 0 for v in results["bbox"].values())
 
 
@@ -126,6 +134,11 @@ def test_two_processes_end_with_equal_weights(options, tmp_path):
     for key in ("active", "partners", "epsilons"):
         assert torch.equal(kcd[key], other[key])
     assert (tmp_path / "run" / "pre_stage.pth").is_file()
+    # The files of the run are those of one process, with what all of them found.
+    found = json.loads((tmp_path / "run" / "inference/coco_instances_results.json").read_text())
+    assert {entry["image_id"] for entry in found} == {1, 2, 3}
+    assert read_record(tmp_path / "run")["status"] == "done"
+    assert (tmp_path / "run" / "log.txt").read_text().count("run started") == 1
     assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text()
 
 
@@ -164,13 +177,13 @@ def test_samples_are_what_torchvision_detectors_take(digits):
 def test_the_learning_rate_warms_up_and_drops():
     opts = ["SOLVER.WARMUP_ITERS", 50, "SOLVER.STEPS", (300, 370)]
     solver = tiny_cfg("FasterRCNN", opts).SOLVER
-    factors = [lit.learning_rate_factor(solver, step) for step in (0, 25, 50, 299, 300, 370)]
+    factors = [optim.learning_rate_factor(solver, step) for step in (0, 25, 50, 299, 300, 370)]
     assert factors == pytest.approx([0.01, 0.505, 1, 1, 0.1, 0.01])
 
 
 def test_norm_layers_have_their_own_weight_decay():
     model = student_model("FasterRCNN")
-    plain, norm = lit.parameter_groups(model, 0.1, 0.0)
+    plain, norm = optim.parameter_groups(model, 0.1, 0.0)
     assert (plain["weight_decay"], norm["weight_decay"]) == (0.1, 0.0)
     assert len(plain["params"]) + len(norm["params"]) == len(list(model.parameters()))
     bn = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]

@@ -31,6 +31,14 @@ class CifarNet(nn.Sequential):
         raise NotImplementedError
 
 
+class ResidualNet(CifarNet):
+    """A :class:`CifarNet` of a ``relu`` stem and stages whose blocks end in a sum and ``relu``."""
+
+    def taps(self) -> dict[str, Tap]:
+        """``stem``, ``stage1``, ... with ``_first`` and ``_pre``, ``pooled``, ``logits``."""
+        return {"stem": Tap("relu"), **stage_taps(self), **last_sum_taps(self), **head_taps()}
+
+
 def head(channels: int, num_classes: int) -> dict[str, nn.Module]:
     """The end of every network: mean over the positions, then one linear layer."""
     return {

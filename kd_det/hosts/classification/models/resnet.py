@@ -14,16 +14,12 @@ from torch import Tensor, nn
 
 from kd_det.checks import fail
 from kd_det.hosts.classification.models.base import (
-    CifarNet,
+    ResidualNet,
     conv,
     he_init,
     head,
-    head_taps,
-    last_sum_taps,
     shortcut,
-    stage_taps,
 )
-from kd_det.taps import Tap
 
 WIDTHS = (16, 16, 32, 64)
 
@@ -53,7 +49,7 @@ class BasicBlock(nn.Module):
         return self.relu(branch + self.downsample(x))
 
 
-class CifarResNet(CifarNet):
+class CifarResNet(ResidualNet):
     """A ResNet of depth ``6n + 2``.
 
     Args:
@@ -89,7 +85,3 @@ class CifarResNet(CifarNet):
             layers[f"layer{k}"] = nn.Sequential(first, *rest)
         super().__init__(OrderedDict(layers | head(widths[-1], num_classes)))
         he_init(self)
-
-    def taps(self) -> dict[str, Tap]:
-        """``stem``, ``stage1..3`` with ``_first`` and ``_pre``, ``pooled``, ``logits``."""
-        return {"stem": Tap("relu"), **stage_taps(self), **last_sum_taps(self), **head_taps()}

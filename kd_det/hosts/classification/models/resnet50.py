@@ -1,7 +1,7 @@
 """ResNet-50 for CIFAR: four stages of bottlenecks behind a 3x3 stem that keeps the image's size.
 
-He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, table 1, in the form of the
-public distillation collections (RepDistiller, mdistiller).
+Table 1 of the paper that :mod:`kd_det.hosts.classification.models.resnet` cites, in the form of the
+same collections.
 """
 
 from __future__ import annotations
@@ -11,16 +11,12 @@ from collections import OrderedDict
 from torch import Tensor, nn
 
 from kd_det.hosts.classification.models.base import (
-    CifarNet,
+    ResidualNet,
     conv,
     he_init,
     head,
-    head_taps,
-    last_sum_taps,
     shortcut,
-    stage_taps,
 )
-from kd_det.taps import Tap
 
 _STEM = 64
 _WIDTHS = (64, 128, 256, 512)
@@ -29,13 +25,7 @@ _EXPANSION = 4
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and expanding 1x1 convolution and a shortcut; ReLU after the sum.
-
-    Args:
-        in_channels: of the input map.
-        width: channels inside; the output has four times as many.
-        stride: of the 3x3 convolution and the shortcut.
-    """
+    """1x1, 3x3 and 1x1 convolution, which widens ``width`` channels to four times as many."""
 
     def __init__(self, in_channels: int, width: int, stride: int = 1) -> None:
         super().__init__()
@@ -58,13 +48,8 @@ class Bottleneck(nn.Module):
         return self.relu(branch + self.downsample(x))
 
 
-class CifarResNet50(CifarNet):
-    """ResNet-50 whose stages work at full, half, quarter and eighth size.
-
-    Args:
-        num_classes: number of logits.
-        in_channels: of the images.
-    """
+class CifarResNet50(ResidualNet):
+    """ResNet-50 whose stages work at full, half, quarter and eighth size."""
 
     public_names = ((r"^linear\.", "fc."), (r"\.shortcut\.", ".downsample."))
 
@@ -81,7 +66,3 @@ class CifarResNet50(CifarNet):
             )
         super().__init__(OrderedDict(layers | head(before, num_classes)))
         he_init(self)
-
-    def taps(self) -> dict[str, Tap]:
-        """``stem``, ``stage1..4`` with ``_first`` and ``_pre``, ``pooled``, ``logits``."""
-        return {"stem": Tap("relu"), **stage_taps(self), **last_sum_taps(self), **head_taps()}

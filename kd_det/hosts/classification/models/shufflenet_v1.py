@@ -13,16 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from kd_det.hosts.classification.models.base import (
-    CifarNet,
+    ResidualNet,
     channel_shuffle,
     conv,
     head,
-    head_taps,
-    last_sum_taps,
     scaled,
-    stage_taps,
 )
-from kd_det.taps import Tap
 
 _GROUPS = 3
 _STEM = 24
@@ -67,7 +63,7 @@ class ShuffleBlock(nn.Module):
         return self.relu(torch.cat([branch, kept], 1) if self.appends else branch + kept)
 
 
-class CifarShuffleNetV1(CifarNet):
+class CifarShuffleNetV1(ResidualNet):
     """ShuffleNet V1 with three groups; weights start as PyTorch's defaults.
 
     Args:
@@ -91,7 +87,3 @@ class CifarShuffleNetV1(CifarNet):
             layers[f"layer{k}"] = nn.Sequential(first, *rest)
             before = width
         super().__init__(OrderedDict(layers | head(before, num_classes)))
-
-    def taps(self) -> dict[str, Tap]:
-        """``stem``, ``stage1..3`` with ``_first`` and ``_pre``, ``pooled``, ``logits``."""
-        return {"stem": Tap("relu"), **stage_taps(self), **last_sum_taps(self), **head_taps()}

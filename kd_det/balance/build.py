@@ -1,0 +1,72 @@
+"""From ``KD.BALANCE`` to a scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kd_det.balance.base import Balance, MeasuredBalance
+from kd_det.balance.gradient_share import GradientShare, check_shares
+from kd_det.balance.gradnorm import GradNorm
+from kd_det.balance.uncertainty import Uncertainty
+from kd_det.checks import check_known, fail
+from kd_det.terms import Term
+
+SCHEMES: dict[str, Callable[[Any, Sequence[Term]], Balance | None]] = {
+    "none": lambda node, terms: None,
+    "measure": lambda node, terms: MeasuredBalance(terms, node.PERIOD),
+    "gradient_share": lambda node, terms: GradientShare(
+        terms, _active(node.SHARES, terms), node.PERIOD
+    ),
+    "gradnorm": lambda node, terms: GradNorm(terms, node.PERIOD, node.ALPHA, node.LR),
+    "uncertainty": lambda node, terms: Uncertainty(terms, node.PERIOD),
+}
+"""Every scheme by the name a config uses (``KD.BALANCE.NAME``)."""
+
+# Schemes that set terms against the task.
+_NEED_TASK = ("gradient_share", "gradnorm")
+
+
+def build_balance(cfg: Any, terms: Sequence[Term]) -> Balance | None:
+    """What ``cfg.KD.BALANCE`` asks for; None for constant weights.
+
+    Args:
+        cfg: a config of any host.
+        terms: its active terms. Shares of terms that are not active in this run are left out, so
+            that stages may switch terms off.
+
+    Raises:
+        KDError: an unknown scheme or term, a period below 1, shares that are no shares or do not
+            leave the task any, a scheme that cannot go with ``KD.TASK_WEIGHT`` 0, a clipped term,
+            or a weight that the scheme cannot adapt.
+    """
+    node = cfg.KD.BALANCE
+    check_known("KD.BALANCE.NAME", node.NAME, SCHEMES)
+    if node.PERIOD < 1:
+        fail(
+            expected="KD.BALANCE.PERIOD of at least 1",
+            received=str(node.PERIOD),
+            remedy="give the number of iterations between two measurements",
+        )
+    if node.NAME in _NEED_TASK and not cfg.KD.TASK_WEIGHT:
+        fail(
+            expected=f"a task loss for KD.BALANCE.NAME {node.NAME}, which sets terms against it",
+            received="KD.TASK_WEIGHT 0",
+            remedy="set KD.BALANCE.NAME none where the terms train alone",
+        )
+    if node.NAME == "gradient_share":
+        for name in node.SHARES:
+            check_known("term in KD.BALANCE.SHARES", name, cfg.KD.TERMS)
+        check_shares(node.SHARES)
+        if not node.SHARES:
+            fail(
+                expected="KD.BALANCE.SHARES to name a term, for gradient_share",
+                received="none",
+                remedy="write for example SHARES: {review: 0.3}, or NAME: measure to see them",
+            )
+    return SCHEMES[node.NAME](node, terms)
+
+
+def _active(chosen: Mapping[str, float], terms: Sequence[Term]) -> dict[str, float]:
+    names = {term.name for term in terms}
+    return {name: share for name, share in chosen.items() if name in names}

@@ -1,0 +1,45 @@
+"""Uncertainty weighting: weights learned as the noise of each term."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kd_det.balance.base import MeasuredBalance, check_signs
+from kd_det.terms import Term
+
+
+class Uncertainty(MeasuredBalance):
+    """Uncertainty weighting (Kendall et al. 2018, https://arxiv.org/abs/1705.07115).
+
+    A term becomes ``exp(-s) * WEIGHT * loss + s`` with a learned log variance ``s`` that starts
+    at 0; it comes to rest where the weighted loss is 1. The task stays at weight 1, so this
+    weighs terms against it and not its own losses against each other, and the factor 1/2 that the
+    paper has for regression is left to ``WEIGHT``. The log variances belong to the optimiser of
+    the student, weight decay included. The logged loss of a term contains ``s``.
+
+    Args:
+        terms: the terms of the run.
+        period: steps between two measurements of the shares, which are logged only.
+
+    Raises:
+        KDError: a negative weight.
+    """
+
+    def __init__(self, terms: Sequence[Term], period: int = 10) -> None:
+        super().__init__(terms, period)
+        check_signs(self.configured, "uncertainty")
+        self.log_variances = nn.Parameter(torch.zeros(len(terms)))
+
+    def weight(self, name: str, factor: float) -> float | Tensor:
+        """The learned weight."""
+        precision = torch.exp(-self.log_variances[self.place[name]].detach())
+        return precision * self.configured[name] * factor
+
+    def weigh(self, name: str, raw: Tensor, factor: float) -> Tensor:
+        """The weighted loss with the penalty of its log variance."""
+        log_variance = self.log_variances[self.place[name]]
+        precision = torch.exp(-log_variance) * self.configured[name]
+        return (raw * precision + log_variance) * factor

@@ -1,0 +1,1 @@
+"""Pictures that several tools draw; it needs torchvision and matplotlib."""

@@ -1,0 +1,36 @@
+"""Names of the classes of student and teacher, and the map between them."""
+
+from __future__ import annotations
+
+from fvcore.common.config import CfgNode
+
+from kd_det.class_names import given_names, run_class_map
+from kd_det.classes import ClassMap
+from kd_det.hosts.classification.data import SOURCES
+from kd_det.hosts.classification.taps import LOGITS
+from kd_det.hosts.classification.teacher import num_classes, teacher_config
+from kd_det.runs import data_root
+
+
+def class_names(cfg: CfgNode) -> list[str] | None:
+    """Names of the classes a config trains on, in the order of the outputs.
+
+    Folders of images have the names of the folders. Data that is not on this machine has none.
+    """
+    if len(cfg.DATASETS.TRAIN) != 1 or cfg.DATASETS.TRAIN[0] not in SOURCES:
+        return None
+    return SOURCES[cfg.DATASETS.TRAIN[0]].names(data_root())
+
+
+def teacher_class_names(cfg: CfgNode) -> list[str] | None:
+    """Names of the teacher's classes: those ``cfg`` gives, or those of its training data."""
+    return given_names(cfg) or class_names(teacher_config(cfg))
+
+
+def build_class_map(cfg: CfgNode) -> ClassMap | None:
+    """How the teacher's logits become those of the student's classes; None if they are already.
+
+    Raises:
+        KDError: see :func:`kd_det.class_names.run_class_map`.
+    """
+    return run_class_map(cfg, teacher_config(cfg), (LOGITS,), num_classes, class_names)

@@ -1,0 +1,61 @@
+"""Names of the classes of student and teacher, and the map between them."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from kd_det.class_names import given_names, run_class_map
+from kd_det.classes import ClassMap
+from kd_det.data.coco_json import category_names
+from kd_det.hosts.detectron2.datasets import DIGITS, json_entry
+from kd_det.hosts.detectron2.teacher import teacher_config
+
+LOGITS = ("box_logits", "mask_logits", "cls_logits")
+
+
+def num_classes(cfg: CfgNode) -> int:
+    """Foreground classes of the meta-architecture in use."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    if name.endswith("FCOS"):
+        return int(cfg.MODEL.FCOS.NUM_CLASSES)
+    node = cfg.MODEL.RETINANET if name.endswith("RetinaNet") else cfg.MODEL.ROI_HEADS
+    return int(node.NUM_CLASSES)
+
+
+def class_names(cfg: CfgNode) -> list[str] | None:
+    """Names of the classes a config trains on, in the order of the outputs.
+
+    Nothing is registered or written: data that is not on this machine, and that Detectron2 does
+    not know by heart as it does COCO, has no names.
+    """
+    if not cfg.DATASETS.TRAIN:
+        return None
+    name = cfg.DATASETS.TRAIN[0]
+    if name in cfg.DATASETS.COCO_JSON:
+        return category_names(name, json_entry(cfg, name)[0])
+    if name in DIGITS:
+        from kd_det.data.digits import CLASS_NAMES
+
+        return list(CLASS_NAMES)
+    if name not in DatasetCatalog:
+        return None
+    meta = MetadataCatalog.get(name)
+    if known := meta.get("thing_classes"):
+        return list(known)
+    json_file = meta.get("json_file")
+    return category_names(name, json_file) if json_file else None
+
+
+def teacher_class_names(cfg: CfgNode) -> list[str] | None:
+    """Names of the teacher's classes: those ``cfg`` gives, or those of its training data."""
+    return given_names(cfg) or class_names(teacher_config(cfg))
+
+
+def build_class_map(cfg: CfgNode) -> ClassMap | None:
+    """How the teacher's logits become those of the student's classes; None if they are already.
+
+    Raises:
+        KDError: see :func:`kd_det.class_names.run_class_map`.
+    """
+    return run_class_map(cfg, teacher_config(cfg), LOGITS, num_classes, class_names)

@@ -1,0 +1,180 @@
+"""The bar of a run on a terminal: time left, task losses and terms at a glance."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from unittest import mock
+
+import detectron2.engine.defaults
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup
+from detectron2.engine.hooks import HookBase
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from rich.console import Console, RenderableType
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from kd_det.loop.loss_table import loss_table
+from kd_det.tags import CurveTag
+
+# Seconds between two drawings. There is no thread that draws: loader processes are forked at
+# any time, and would keep the locks it holds at that moment.
+_DRAW_PERIOD = 0.2
+# Iterations, and seconds of them, over which values and speed are taken.
+_WINDOW, _SPEED_WINDOW = 20, 300.0
+_STOCK_LOGS = ("detectron2", "fvcore")
+
+
+class ProgressBar(Progress):
+    """One bar for a whole run, below it the losses. Use it as a context manager.
+
+    Args:
+        console: where it is drawn; by default standard error.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.losses: RenderableType = ""
+        super().__init__(
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console or Console(stderr=True),
+            auto_refresh=False,
+            speed_estimate_period=_SPEED_WINDOW,
+            # What goes to a file stays out of the terminal.
+            redirect_stdout=sys.stdout.isatty(),
+        )
+        #: The one task of the bar.
+        self.run = self.add_task("Preparing", total=None)
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """The bar and the losses."""
+        yield from super().get_renderables()
+        yield self.losses
+
+    def finish(self, results: Mapping[str, Mapping[str, float]]) -> None:
+        """Say that the run is over, and what it reached.
+
+        Args:
+            results: ``{"bbox": {"AP": ...}}`` in percent; values of single classes are left out.
+        """
+        self.update(self.run, description="Done")
+        for kind, metrics in results.items():
+            values = (f"{k} {v:.2f}" for k, v in metrics.items() if "-" not in k)
+            self.console.print(f"{kind}: " + ", ".join(values), highlight=False)
+        self.losses = ""
+
+
+class ShowProgress(HookBase):
+    """Moves the bar of a run. Must come before the hook that evaluates, which takes a while.
+
+    Args:
+        bar: it shows this run until the next one takes it.
+        tag: of the run's scalars.
+        eval_period: ``TEST.EVAL_PERIOD``; None where nothing is evaluated, not even at the end.
+        name: of what is going on.
+    """
+
+    def __init__(
+        self,
+        bar: ProgressBar,
+        tag: CurveTag,
+        eval_period: int | None = None,
+        name: str = "Training",
+    ) -> None:
+        self.bar = bar
+        self.tag = tag
+        self.eval_period = eval_period
+        self.name = name
+        self._drawn = 0.0
+
+    def before_train(self) -> None:
+        # A resumed run goes on where it was; the speed is that of its own iterations.
+        self.bar.reset(
+            self.bar.run,
+            total=self.trainer.max_iter,
+            completed=self.trainer.start_iter,
+            description=self.name,
+        )
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        self.bar.update(self.bar.run, completed=done)
+        evaluates = bool(self.eval_period) and done % self.eval_period == 0
+        if evaluates or time.monotonic() - self._drawn > _DRAW_PERIOD:
+            self._draw("Evaluating" if evaluates else self.name)
+
+    def after_train(self) -> None:
+        evaluates = self.eval_period is not None and self.trainer.iter >= self.trainer.max_iter
+        self._draw("Evaluating" if evaluates else self.name)
+
+    def _draw(self, description: str) -> None:
+        smoothed = self.trainer.storage.latest_with_smoothing_hint(_WINDOW)
+        self.bar.losses = _losses({k: v for k, (v, _) in smoothed.items()}, self.tag)
+        self.bar.update(self.bar.run, description=description, refresh=True)
+        self._drawn = time.monotonic()
+
+
+def _losses(values: Mapping[str, float], tag: CurveTag) -> RenderableType:
+    tagged = {tag(name): value for name, value in values.items()}
+    evaluated = {f"eval/{kind} AP": tagged.get(f"{kind}/AP") for kind in ("bbox", "segm")}
+    return loss_table(tagged | {name: ap for name, ap in evaluated.items() if ap is not None})
+
+
+@contextmanager
+def progress_bar(wanted: bool = True) -> Iterator[ProgressBar | None]:
+    """The bar, on the main process of a run whose standard error is a terminal; else None.
+
+    Args:
+        wanted: False gives None anyway.
+    """
+    if not (wanted and comm.is_main_process() and sys.stderr.isatty()):
+        yield None
+        return
+    with ProgressBar() as bar:
+        yield bar
+
+
+def setup_logging(
+    cfg: CfgNode, args: argparse.Namespace, bar: ProgressBar | None, package: str
+) -> None:
+    """Detectron2's setup of a run, and its log for ``package``; all of it in ``log.txt``.
+
+    Args:
+        cfg: of the run.
+        args: the command line.
+        bar: where there is one, the screen has nothing but warnings beside it.
+        package: whose log joins Detectron2's own.
+    """
+    names = (*_STOCK_LOGS, package)
+    for name in names:
+        # Stages and seeds are several runs in one process, and each would print through the
+        # handlers of all before it.
+        logging.getLogger(name).handlers.clear()
+    setup_logger.cache_clear()
+    setup = partial(setup_logger, configure_stdout=bar is None)
+    # It takes no such argument.
+    with mock.patch.object(detectron2.engine.defaults, "setup_logger", setup):
+        default_setup(cfg, args)
+    setup(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=package)
+    if bar is not None:
+        warnings = RichHandler(logging.WARNING, bar.console, show_time=False, show_path=False)
+        for name in names:
+            logging.getLogger(name).addHandler(warnings)
