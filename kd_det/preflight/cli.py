@@ -1,0 +1,148 @@
+"""The command line of preflight; ``tools/preflight.py`` only calls :func:`main`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from fvcore.common.config import CfgNode
+from rich.console import Console
+
+from kd_det.checks import KDError, fail
+from kd_det.cli import load_config
+from kd_det.preflight.context import Settings
+from kd_det.preflight.findings import Preflight, Section
+from kd_det.preflight.page import HTML, PICTURE, prepare_folder, write_report
+from kd_det.preflight.render import show_section, show_verdict
+from kd_det.preflight.run import run_preflight
+
+_DESCRIPTION = """\
+Look at a run before it starts: teacher, classes, taps, terms, cost and export. Trains nothing and
+writes nothing but its report. Overrides of config keys come last."""
+_EXAMPLE = """\
+example:
+  python tools/preflight.py --config-file configs/digits_torchvision/reviewkd_kd_frcnn.yaml"""
+_FOLDER = "preflight"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Look. Returns 0 if the run is ready, 1 if not, and 2 for a mistake in the input."""
+    args = argument_parser().parse_args(argv)
+    settings = Settings(args.batches, args.images, args.seconds)
+    try:
+        _check(settings)
+        cfg = load_config(args.config_file, args.opts)
+        output = args.output or Path(cfg.OUTPUT_DIR) / _FOLDER
+        report = preflight(cfg, output, settings)
+    except KDError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0 if report.ready else 1
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The config as in ``train_net.py``, and how far to look."""
+    defaults = Settings()
+    parser = argparse.ArgumentParser(
+        description=_DESCRIPTION,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="of any host")
+    parser.add_argument(
+        "--batches", type=int, default=defaults.batches, metavar="K",
+        help=f"training batches to measure terms on ({defaults.batches})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--images", type=int, default=defaults.images, metavar="N",
+        help=f"images to show to the teacher and to evaluate on ({defaults.images})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seconds", type=float, default=defaults.seconds,
+        help="take fewer batches and images where they would need longer than about this in all "
+        f"({defaults.seconds:g})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="of the report; default OUTPUT_DIR/preflight"
+    )
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of config keys"
+    )
+    return parser
+
+
+def preflight(
+    cfg: CfgNode, output: Path, settings: Settings | None = None, console: Console | None = None
+) -> Preflight:
+    """Look at a run, print section by section, and write the report.
+
+    Args:
+        cfg: as :func:`kd_det.cli.load_config` reads it.
+        output: folder of the report: new, empty, or with an earlier report in it.
+        settings: how far to look.
+        console: where to print; standard output by default.
+
+    Raises:
+        KDError: the folder cannot be used. Whatever is wrong with the run is in the report.
+    """
+    prepare_folder(output)
+    (output / PICTURE).unlink(missing_ok=True)  # an earlier report's; the others are replaced
+    console = console or Console(file=sys.stdout)
+    # What libraries have to say about a run that is only looked at is of no use here.
+    loud = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with console.status("") as status, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+
+            def begin(title: str) -> None:
+                status.update(f"{title} ...")
+
+            def done(section: Section) -> None:
+                show_section(console, section)
+
+            report = run_preflight(cfg, settings, output / PICTURE, begin, done)
+    finally:
+        logging.disable(loud)
+    write_report(report, output)
+    show_verdict(console, report)
+    console.print(f"Report: {output / HTML}", style="dim", soft_wrap=True)
+    return report
+
+
+def require(cfg: CfgNode) -> None:
+    """Refuse to train what is not ready; for ``PREFLIGHT: True``.
+
+    Args:
+        cfg: as :func:`kd_det.cli.load_config` reads it. The report goes to
+            ``OUTPUT_DIR/preflight``.
+
+    Raises:
+        KDError: the report has errors, or cannot be written.
+    """
+    output = Path(cfg.OUTPUT_DIR) / _FOLDER
+    report = preflight(cfg, output)
+    if not report.ready:
+        fail(
+            expected="a run that passes its preflight, as PREFLIGHT is True",
+            received=f"{report.verdict}: {report.errors[0].message}",
+            remedy=f"correct what {output / HTML} lists, or set PREFLIGHT False to train anyway",
+        )
+
+
+def _check(settings: Settings) -> None:
+    for name, value in (
+        ("batches", settings.batches),
+        ("images", settings.images),
+        ("seconds", settings.seconds),
+    ):
+        if not value > 0:
+            fail(
+                expected=f"--{name} above 0",
+                received=str(value),
+                remedy="leave it out to take the default",
+            )

@@ -1,0 +1,154 @@
+"""What the run costs: the time of an iteration, memory, hours, and what could be saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_det.inspection import evaluating
+from kd_det.preflight.budget import Stopwatch, now
+from kd_det.preflight.context import Context
+from kd_det.preflight.findings import Section, counted
+from kd_det.preflight.steps import Steps
+from kd_det.workbench import Side, latency, macs, side_model
+
+_PARTS = ("data", "student", "teacher", "losses", "backward")
+_CROP = 256  # pixels; a forward in half precision can be very slow on a CPU
+_LONG = 0.5  # seconds of a forward that is measured once
+
+
+def inspect_cost(section: Section, context: Context) -> None:
+    """Fill the section; training steps must have been taken."""
+    steps, cfg = context.steps, context.cfg
+    if steps is None:
+        section.note("no training step was taken")
+        return
+    whole = cfg.SOLVER.IMS_PER_BATCH
+    factor = whole / steps.images
+    seconds = {part: steps.mean(part) * factor for part in _PARTS}
+    compute = sum(seconds.values()) - seconds["data"]
+    workers = cfg.DATALOADER.NUM_WORKERS
+    # Loader processes work while the model does.
+    iteration = max(compute, seconds["data"] / workers) if workers else compute + seconds["data"]
+    rows = [
+        (f"data (one of {workers} loader processes)" if part == "data" and workers else part,
+         f"{value:.3f}", f"{value / iteration:.0%}")
+        for part, value in seconds.items()
+    ]  # fmt: skip
+    section.table(
+        f"Seconds of an iteration of {counted(whole, 'image')} on one {_device_name(context)}",
+        ("part", "seconds", "of an iteration"),
+        [*rows, ("iteration", f"{iteration:.3f}", "")],
+    )
+    if steps.images < whole:
+        section.note(
+            f"measured with {steps.images} of {whole} images per batch, and multiplied: a whole "
+            "batch would not fit here, or take too long"
+        )
+    iterations = context.bench.iterations()
+    hours = iterations * iteration / 3600
+    section.data |= {
+        "seconds": seconds,
+        "iteration": iteration,
+        "hours": hours,
+        "memory_mib": steps.memory,
+    }
+    kind = "of GPU memory" if context.device.startswith("cuda") else "of this process's memory"
+    section.note(
+        f"{hours:,.2g} hours for {iterations:,} iterations on this device, without evaluation"
+        if hours < 10
+        else f"{hours:,.0f} hours for {iterations:,} iterations on this device, without evaluation"
+    )
+    section.note(
+        f"peak {kind} in a step of {counted(steps.images, 'image')}: {steps.memory:,.0f} MiB"
+    )
+    if context.bench.teacher is not None:
+        _savings(section, context, steps, seconds, iteration)
+    _models(section, context)
+
+
+def _savings(
+    section: Section,
+    context: Context,
+    steps: Steps,
+    seconds: dict[str, float],
+    iteration: float,
+) -> None:
+    extra = seconds["teacher"] + seconds["losses"]
+    section.note(
+        f"without teacher and losses an iteration would take {iteration - extra:.3f} instead of "
+        f"{iteration:.3f} seconds ({extra / iteration:.0%} less)"
+    )
+    ratio, dtype = _half_precision(context, steps)
+    section.data["half_precision"] = ratio
+    if ratio is None:
+        return
+    if context.bench.cfg.SOLVER.AMP.ENABLED:
+        section.note("the teacher runs in half precision already: SOLVER.AMP.ENABLED")
+    elif ratio < 1:
+        saved = seconds["teacher"] * (1 - ratio)
+        section.note(
+            f"a teacher in {dtype} would save {saved:.3f} seconds ({saved / iteration:.0%} of an "
+            "iteration)"
+        )
+    else:
+        section.note(
+            f"a teacher in {dtype} would save nothing: it takes {ratio:.1f} times as long on this "
+            "device"
+        )
+
+
+def _half_precision(context: Context, steps: Steps) -> tuple[float | None, str]:
+    """Time of the teacher's backbone in half precision, relative to that in full."""
+    x = steps.teacher_input
+    if x is None:
+        return None, ""
+    model: Any = side_model(context.bench, "teacher")
+    part = getattr(model, "backbone", model)
+    on_gpu = context.device.startswith("cuda")
+    dtype = torch.float16 if on_gpu else torch.bfloat16
+    if not on_gpu:
+        x = x[:1, :, :_CROP, :_CROP]
+
+    def seconds(enabled: bool) -> float:
+        with evaluating(part), torch.autocast(x.device.type, dtype, enabled=enabled):
+            part(x)  # the first forward of a kind takes longer
+            start = now(context.device)
+            part(x)
+            return now(context.device) - start
+
+    return seconds(True) / seconds(False), str(dtype).removeprefix("torch.")
+
+
+def _models(section: Section, context: Context) -> None:
+    sides: tuple[Side, ...] = ("teacher", "student") if context.bench.teacher else ("student",)
+    rows = []
+    for side in sides:
+        watch = Stopwatch(context.device)
+        with watch.running():
+            count = macs(context.bench, side) / 1e9
+        # Where a forward takes long, counting adds nothing to its time.
+        quick = watch.seconds < _LONG
+        elapsed = latency(context.bench, side) if quick else watch.seconds
+        section.data[side] = {"seconds": elapsed, "gmacs": count}
+        rows.append((side, f"{count:.2f}", f"{1000 * elapsed:,.1f}"))
+    section.table(
+        f"Inference on one image ({_image_size(context.bench.example(sides[0]))})",
+        ("side", "GMACs", "milliseconds"),
+        rows,
+    )
+
+
+def _image_size(arguments: Any) -> str:
+    """Height and width of the first tensor inside the arguments of a model."""
+    while not isinstance(arguments, Tensor):
+        arguments = next(iter(arguments.values() if isinstance(arguments, dict) else arguments))
+    return f"{arguments.shape[-2]}×{arguments.shape[-1]}"
+
+
+def _device_name(context: Context) -> str:
+    if context.device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"CPU with {torch.get_num_threads()} threads"

@@ -1,0 +1,174 @@
+"""The sections of preflight, one after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from fvcore.common.config import CfgNode
+
+from kd_det.checks import KDError, fail
+from kd_det.preflight.budget import affordable, timed
+from kd_det.preflight.classes import inspect_classes
+from kd_det.preflight.context import Context, Settings
+from kd_det.preflight.cost import inspect_cost
+from kd_det.preflight.export import inspect_export
+from kd_det.preflight.findings import Preflight, Section
+from kd_det.preflight.steps import Steps, take_steps
+from kd_det.preflight.taps import inspect_taps
+from kd_det.preflight.teacher import inspect_teacher
+from kd_det.preflight.terms import inspect_terms
+from kd_det.workbench import Side, open_workbench
+
+BUILD, TEACHER, CLASSES, TAPS, TERMS, COST, EXPORT = TITLES = (
+    "Build",
+    "Teacher",
+    "Class lists",
+    "Taps",
+    "Terms",
+    "Cost",
+    "Export",
+)
+_NEEDS_STEPS = (TAPS, TERMS, COST)
+_STEPS = 0.35  # of Settings.seconds
+_PASSES = 3  # forward and backward, in forwards
+
+Notify = Callable[[str], None]
+
+
+def run_preflight(
+    cfg: CfgNode,
+    settings: Settings | None = None,
+    picture: Path | None = None,
+    begin: Notify | None = None,
+    done: Callable[[Section], None] | None = None,
+) -> Preflight:
+    """Look at a run before it starts. Trains nothing and writes nothing but the picture.
+
+    Mistakes in the run become errors of the section that meets them; what cannot be looked at
+    without it is skipped and says so.
+
+    Args:
+        cfg: as :func:`kd_det.cli.load_config` reads it.
+        settings: how far to look.
+        picture: file for the picture of what the teacher sees; None draws none.
+        begin: called with the title of each section before it is worked on.
+        done: called with each section when it is complete.
+    """
+    started = time.perf_counter()
+    report = Preflight(str(cfg.OUTPUT_DIR), str(cfg.HOST))
+    state = _State(cfg, settings or Settings(), picture)
+    for title in TITLES:
+        if begin is not None:
+            begin(title)
+        section = Section(title)
+        start = time.perf_counter()
+        try:
+            state.work(section)
+        except (KDError, FloatingPointError, torch.OutOfMemoryError) as error:
+            section.error(" ".join(str(error).split()))
+        section.seconds = time.perf_counter() - start
+        report.sections.append(section)
+        report.seconds = time.perf_counter() - started
+        if done is not None:
+            done(section)
+    return report
+
+
+class _State:
+    """What has been built so far, and what could not be."""
+
+    def __init__(self, cfg: CfgNode, settings: Settings, picture: Path | None) -> None:
+        self.cfg, self.settings, self.picture = cfg, settings, picture
+        self.context: Context | None = None
+        self.no_steps = False
+
+    def work(self, section: Section) -> None:
+        if section.title == BUILD:
+            self._build(section)
+            return
+        if self.context is None:
+            section.note("skipped: the run could not be built")
+            return
+        if section.title in _NEEDS_STEPS and self.context.steps is None:
+            if self.no_steps:
+                section.note("skipped: no training step could be taken")
+                return
+            self.no_steps = True  # unless this works
+            self.context.steps = _steps(self.context)
+        _INSPECT[section.title](section, self.context)
+
+    def _build(self, section: Section) -> None:
+        bench = open_workbench(self.cfg)
+        self.context = Context(self.cfg, bench, self.settings, self.picture)
+        model = type(bench.student).__name__
+        kind = "distilled" if bench.distiller is not None else "alone: KD.ENABLED is False"
+        section.ok(f"{model} on {self.cfg.MODEL.DEVICE}, {kind}")
+        for name in bench.pre_stage:
+            section.note(
+                f"term '{name}' has a network that the run first trains on the teacher; here it is "
+                "random, and so are the term's values"
+            )
+
+
+def _steps(context: Context) -> Steps:
+    """As many images and batches as there is time for."""
+    bench, settings = context.bench, context.settings
+    whole = int(bench.cfg.SOLVER.IMS_PER_BATCH)
+    seconds = settings.seconds * _STEPS
+    images = affordable(whole, _seconds_per_image(context), seconds, at_least=_fewest(context))
+    while True:
+        try:
+            return take_steps(bench, settings.batches, images, seconds)
+        except torch.OutOfMemoryError:
+            # The run may spread its batch over several GPUs; this process has one.
+            if images < 2:
+                raise
+            images //= 2
+            torch.cuda.empty_cache()
+
+
+def _fewest(context: Context) -> int:
+    """Maps of a detector are large enough for BatchNorm on one image; those of a classifier not."""
+    whole = int(context.cfg.SOLVER.IMS_PER_BATCH)
+    return 1 if hasattr(context.bench.student, "backbone") else min(2, whole)
+
+
+def _seconds_per_image(context: Context) -> float:
+    """What an image of a step will take, roughly: forward, and a backward pass per loss."""
+    bench = context.bench
+    terms = len(bench.distiller.terms) if bench.distiller is not None else 0
+    passes: dict[Side, int] = {"student": _PASSES * (1 + terms), "teacher": 1}
+    if bench.teacher is None:
+        del passes["teacher"]
+    total = 0.0
+    for side, count in passes.items():
+        seconds = context.seconds_per_image.get(side)
+        total += count * (_seconds(context, side) if seconds is None else seconds)
+    return total
+
+
+def _seconds(context: Context, side: Side) -> float:
+    """Of one prediction, where nothing was evaluated."""
+    bench = context.bench
+    batch = next(bench.batches(), None)
+    if batch is None:
+        fail(
+            expected="training images",
+            received="none",
+            remedy="correct DATASETS.TRAIN",
+        )
+    image = bench.pictures(batch)[0]
+    return timed(lambda: bench.predict(side, image), context.device)[1]
+
+
+_INSPECT: dict[str, Callable[[Section, Context], None]] = {
+    TEACHER: inspect_teacher,
+    CLASSES: inspect_classes,
+    TAPS: inspect_taps,
+    TERMS: inspect_terms,
+    COST: inspect_cost,
+    EXPORT: inspect_export,
+}

@@ -1,0 +1,315 @@
+"""A few training steps, watched: values, gradients, shapes and times. No weight changes."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from kd_det.inspection import evaluating
+from kd_det.preflight.budget import Stopwatch, within
+from kd_det.shares import TASK, gradient_norms
+from kd_det.teacher import FrozenTeacher
+from kd_det.workbench import Workbench
+
+_LOSS_SCALE = 1024.0  # of half-precision losses, whose gradients would otherwise vanish
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class TermValues:
+    """One term on one batch.
+
+    Attributes:
+        raw: the loss without its weight.
+        weight: what it is multiplied by at full schedule.
+        norm: of the gradient of the weighted loss on the shared parameters; None where the loss
+            is not finite.
+        cosine: of the angle between that gradient and the task's; likewise.
+    """
+
+    raw: float
+    weight: float
+    norm: float | None
+    cosine: float | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step.
+
+    Attributes:
+        task: the student's own losses by name.
+        task_norm: of their gradient on the shared parameters.
+        terms: by name.
+        seconds: ``data``, ``student``, ``teacher``, ``losses`` and ``backward``.
+    """
+
+    task: dict[str, float]
+    task_norm: float
+    terms: dict[str, TermValues]
+    seconds: dict[str, float]
+
+
+@dataclass
+class Steps:
+    """What some training steps showed.
+
+    Attributes:
+        steps: in their order.
+        images: images of each; fewer than the run's where those would take too long.
+        memory: peak of a step in MiB: of the GPU, or of this process.
+        student: recorded tensors of the first step, by tap.
+        teacher: likewise.
+        entered: shape of the student's input ``[N, C, H, W]`` in the first step.
+        teacher_input: what entered the teacher in the first step; None without one.
+        macs: per term, multiply-accumulates of convolutions and matrix products of one step.
+    """
+
+    images: int
+    steps: list[Step] = field(default_factory=list)
+    memory: float = 0.0
+    student: dict[str, Any] = field(default_factory=dict)
+    teacher: dict[str, Any] = field(default_factory=dict)
+    entered: tuple[int, ...] = ()
+    teacher_input: Tensor | None = None
+    macs: dict[str, float] = field(default_factory=dict)
+
+    def mean(self, part: str) -> float:
+        """Mean seconds of a part; the first step warms up and does not count if there are more."""
+        counted = self.steps[1:] or self.steps
+        return sum(step.seconds[part] for step in counted) / len(counted)
+
+
+def take_steps(bench: Workbench, batches: int, images: int, seconds: float) -> Steps:
+    """Forward and backward on the run's first batches.
+
+    Args:
+        bench: the run.
+        batches: how many.
+        images: take so many of each batch.
+        seconds: fewer batches where they would take longer, but at least one.
+
+    Raises:
+        KDError: whatever the run's first step would raise.
+    """
+    watch = _Watch(bench)
+    result = Steps(images)
+    loading = Stopwatch("cpu")
+    for batch in within(_timed(bench.batches(), loading), seconds):
+        result.steps.append(watch.step(_first(batch, images), loading.mean))
+        result.memory = max(result.memory, watch.memory)
+        if len(result.steps) == 1:
+            watch.describe(result)
+        loading = _restart(loading)
+        if len(result.steps) == batches:
+            break
+    return result
+
+
+def shared_parameters(student: nn.Module) -> list[nn.Parameter]:
+    """The trained parameters that task and terms have in common: the backbone's.
+
+    A classifier has no part of that name; there it is all of them.
+    """
+    part = getattr(student, "backbone", student)
+    return [p for p in part.parameters() if p.requires_grad]
+
+
+def shared_name(student: nn.Module) -> str:
+    """What :func:`shared_parameters` are, in words."""
+    return "the student's backbone" if hasattr(student, "backbone") else "the student"
+
+
+class _Watch:
+    """Takes one step at a time and keeps what hooks see."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self.bench = bench
+        self.device = str(bench.cfg.MODEL.DEVICE)
+        self.on_gpu = self.device.startswith("cuda")
+        self.memory = 0.0
+        self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._entered: dict[str, Tensor] = {}
+        amp = self.on_gpu and bench.cfg.SOLVER.AMP.ENABLED
+        self._scale = _LOSS_SCALE if amp else 1.0
+
+    def step(self, batch: Any, loading: float) -> Step:
+        bench = self.bench
+        watches = {name: Stopwatch(self.device) for name in ("forward", "teacher", "losses")}
+        with self._hooks(watches), watches["forward"].running():
+            losses = bench.losses(batch)
+        terms, task, norm = self._measure(losses)
+        backward = Stopwatch(self.device)
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        with backward.running():
+            (torch.stack([loss.float() for loss in losses.values()]).sum() * self._scale).backward()
+        self.memory = _peak_memory(self.on_gpu)
+        bench.model.zero_grad(set_to_none=True)
+        forward = watches["forward"].seconds
+        apart = {name: watches[name].seconds for name in ("teacher", "losses")}
+        return Step(
+            task,
+            norm,
+            terms,
+            {
+                "data": loading,
+                "student": forward - sum(apart.values()),
+                **apart,
+                "backward": backward.seconds,
+            },
+        )
+
+    def describe(self, result: Steps) -> None:
+        """Shapes, and the operations of the losses, of the step that has just been taken."""
+        result.entered = tuple(self._entered["student"].shape)
+        result.teacher_input = self._entered.get("teacher")
+        distiller = self.bench.distiller
+        if distiller is None or self._inputs is None:
+            return
+        args, kwargs = self._inputs
+        given = dict(zip(("student", "teacher", "context"), args, strict=False)) | kwargs
+        result.student, result.teacher = dict(given["student"]), dict(given["teacher"])
+        with evaluating(distiller), FlopCounterMode(display=False) as counter:
+            distiller(given["student"], given["teacher"], given.get("context"))
+        counts = counter.get_flop_counts()
+        for name in distiller.terms:
+            path = f"{type(distiller).__name__}.terms.{name}"
+            result.macs[name] = sum(counts.get(path, {}).values()) / 2
+        self._inputs = None
+
+    def _measure(
+        self, losses: Mapping[str, Tensor]
+    ) -> tuple[dict[str, TermValues], dict[str, float], float]:
+        distiller = self.bench.distiller
+        names = list(distiller.terms) if distiller is not None else []
+        task = {name: loss for name, loss in losses.items() if name not in names}
+        metrics = distiller.metrics if distiller is not None else {}
+        finite = {k: losses[k] for k in names if bool(torch.isfinite(losses[k]))}
+        total = torch.stack([loss.float() for loss in task.values()]).sum()
+        report = gradient_norms(
+            {name: loss * self._scale for name, loss in {TASK: total, **finite}.items()},
+            shared_parameters(self.bench.student),
+        )
+        terms = {
+            name: TermValues(
+                float(metrics[f"raw/{name}"]),
+                float(metrics[f"weight/{name}"]),
+                float(report.norms[name]) / self._scale if name in finite else None,
+                float(report.cosines[name]) if name in finite else None,
+            )
+            for name in names
+        }
+        values = {name: float(loss.detach()) for name, loss in task.items()}
+        return terms, values, float(report.norms[TASK]) / self._scale
+
+    @contextmanager
+    def _hooks(self, watches: Mapping[str, Stopwatch]) -> Iterator[None]:
+        bench = self.bench
+        with ExitStack() as stack:
+            stack.enter_context(self._entering("student", bench.student))
+            if bench.teacher is not None:
+                stack.enter_context(self._entering("teacher", bench.teacher.model))
+                stack.enter_context(_timed_teacher(bench.teacher, watches["teacher"]))
+            if bench.distiller is not None:
+                stack.enter_context(_at_full_schedule(bench.distiller))
+                stack.enter_context(self._watched_distiller(bench.distiller, watches["losses"]))
+            yield
+
+    @contextmanager
+    def _entering(self, side: str, model: Any) -> Iterator[None]:
+        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._entered[side] = args[0].detach()
+
+        handle = getattr(model, "backbone", model).register_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _watched_distiller(self, distiller: Any, watch: Stopwatch) -> Iterator[None]:
+        stack: list[Any] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._inputs = (args, kwargs)
+            stack.append(watch.running())
+            stack[-1].__enter__()
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            stack.pop().__exit__(None, None, None)
+
+        handles = [
+            distiller.register_forward_pre_hook(before, with_kwargs=True),
+            distiller.register_forward_hook(after),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def _timed_teacher(teacher: FrozenTeacher, watch: Stopwatch) -> Iterator[None]:
+    """Every host runs its teacher inside ``teacher.inference()``."""
+    inference = teacher.inference
+
+    @contextmanager
+    def timed() -> Iterator[nn.Module]:
+        with watch.running(), inference() as model:
+            yield model
+
+    teacher.inference = timed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del teacher.inference
+
+
+@contextmanager
+def _at_full_schedule(distiller: Any) -> Iterator[None]:
+    """A term that a schedule keeps off in the first steps is measured as it will be later."""
+    schedules: dict[str, Callable[[int], float]] = distiller.schedules
+    distiller.schedules = dict.fromkeys(schedules, lambda step: 1.0)
+    try:
+        yield
+    finally:
+        distiller.schedules = schedules
+
+
+def _timed(batches: Iterator[Any], watch: Stopwatch) -> Iterator[Any]:
+    while True:
+        with watch.running():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def _restart(watch: Stopwatch) -> Stopwatch:
+    watch.seconds, watch.blocks = 0.0, 0
+    return watch
+
+
+def _first(batch: Any, images: int) -> Any:
+    """The first images of a batch: a list of samples, or parts with one entry per image."""
+    if isinstance(batch, list):
+        return batch[:images]
+    return type(batch)(part[:images] for part in batch)
+
+
+def _peak_memory(on_gpu: bool) -> float:
+    if on_gpu:
+        return torch.cuda.max_memory_allocated() / _MIB
+    # Kibibytes on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _MIB

@@ -1,0 +1,242 @@
+"""The teacher: is it the one that was meant, does it see what it was trained on, is it good?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from kd_det.checkpoint import read_weights
+from kd_det.inspection import translation
+from kd_det.preflight.answers import Answer, ask, examples, truth_confidence
+from kd_det.preflight.budget import Stopwatch, affordable, within
+from kd_det.preflight.context import Context
+from kd_det.preflight.findings import Section, counted
+from kd_det.preflight.inputs import Better, alternatives, describe, find_better, oddities, sees
+from kd_det.preflight.picture import draw_answers
+from kd_det.record import sha256
+from kd_det.workbench import PixelInput, Side, parameters, side_model
+
+# Of Settings.seconds: asking the teacher, asking it under other inputs, evaluating both sides.
+_ASK, _TRY, _EVALUATE = 0.15, 0.2, 0.25
+_SHOWN_IMAGES = 4
+_POOR = 1.0  # AP or accuracy in percent below which a teacher knows nothing of the task
+_SHORT_HASH = 12
+_RGB = 3
+_SIDES: tuple[Side, Side] = ("teacher", "student")
+
+
+def inspect_teacher(section: Section, context: Context) -> None:
+    """Fill the section."""
+    bench = context.bench
+    if bench.teacher is None:
+        section.note("the run has no frozen teacher")
+        return
+    rows = _describe(section, context)
+    for side in _SIDES:
+        for oddity in oddities(bench.pixel_input(side)):
+            section.warn(f"{side}: {oddity}")
+    try:
+        seconds = _ask(section, context)
+        rows += _evaluate(section, context, seconds)
+    finally:
+        section.table("The models, and what they expect of pixels", ("", *_SIDES), rows)
+
+
+def _draw(section: Section, context: Context) -> None:
+    if context.picture is None:
+        return
+    bench, shown = context.bench, slice(_SHOWN_IMAGES)
+    names = bench.class_names("student"), bench.class_names("teacher")
+    draw_answers(context.examples[shown], context.answers[shown], *names, context.picture)
+    section.picture = context.picture.name
+
+
+def _describe(section: Section, context: Context) -> list[tuple[str, ...]]:
+    bench, node = context.bench, context.bench.cfg.KD.TEACHER
+    counts = [parameters(side_model(bench, side)) for side in _SIDES]
+    inputs = [bench.pixel_input(side) for side in _SIDES]
+    rows: list[tuple[str, ...]] = [
+        ("config", node.CONFIG_FILE, ""),
+        ("weights", *_weights(context)),
+        ("keys loaded", _coverage(section, context), ""),
+        ("parameters", *(f"{count:,}" for count in counts)),
+        ("channel order", *(i.order for i in inputs)),
+        ("mean", *(_numbers(i.mean) for i in inputs)),
+        ("std", *(_numbers(i.std) for i in inputs)),
+        ("pixel values", *(f"0..{i.scale:g}" for i in inputs)),
+        ("padded to multiples of", *(str(i.divisor) for i in inputs)),
+    ]
+    section.data["parameters"] = dict(zip(_SIDES, counts, strict=True))
+    return rows
+
+
+def _weights(context: Context) -> tuple[str, str]:
+    texts = []
+    for value in (context.bench.cfg.KD.TEACHER.WEIGHTS, context.bench.cfg.MODEL.WEIGHTS):
+        path = Path(value)
+        if value and path.is_file():
+            size = path.stat().st_size / 2**20
+            value = f"{value} ({size:,.1f} MiB, sha256 {sha256(path)[:_SHORT_HASH]})"
+        texts.append(value or "random")
+    return texts[0], texts[1]
+
+
+def _coverage(section: Section, context: Context) -> str:
+    """How many of the teacher's tensors are those of its file; loading was strict already."""
+    node, bench = context.bench.cfg.KD.TEACHER, context.bench
+    own = side_model(bench, "teacher").state_dict()
+    if not node.WEIGHTS:
+        section.warn("the teacher is untrained: KD.TEACHER.ALLOW_RANDOM is True without WEIGHTS")
+        return f"0 of {len(own)}"
+    if not Path(node.WEIGHTS).is_file():  # an address or a name, fetched by the host
+        return f"{len(own)} of {len(own)}"
+    given = read_weights(node.WEIGHTS)
+    found = {k: v for k, v in own.items() if k in given}
+    other = [k for k, v in found.items() if not torch.equal(v.cpu(), given[k].to(v.dtype))]
+    if other:
+        section.error(f"the teacher's {other[0]} is not what {node.WEIGHTS} holds")
+    else:
+        section.ok(f"{len(found)} of {len(own)} keys of the teacher hold what its file says")
+    return f"{len(found)} of {len(own)}"
+
+
+def _ask(section: Section, context: Context) -> float:
+    """Show training images to the teacher; returns its seconds per image."""
+    bench, settings = context.bench, context.settings
+    names = bench.class_names("student"), bench.class_names("teacher")
+    wanted = examples(bench, settings.images)
+    if not wanted:
+        section.warn("no training image has an object")
+        return 0.0
+    found = translation(*names, bench.cfg.KD.CLASS_MAP)
+    own = len(names[0]) if names[0] else max(int(e.classes.max()) for e in wanted) + 1
+    # Where nobody knows names, the same classes.
+    context.indices = _places(found or list(range(own)), own)
+    count = len(found or names[1] or context.indices)
+    watch = Stopwatch(context.device)
+    for example in within(wanted, settings.seconds * _ASK):
+        context.examples.append(example)
+        with watch.running():
+            context.answers += ask(bench, "teacher", [example], count)
+    _draw(section, context)
+    number = len(context.answers)
+    sure = float(truth_confidence(context.answers, context.indices).mean())
+    section.data |= {"confidence": sure, "asked_images": number}
+    section.note(
+        f"mean confidence of the teacher in the true class of an object: {sure:.2f} "
+        f"(0..1, {counted(number, 'training image')})"
+    )
+    if bench.cfg.KD.TEACHER.WEIGHTS:
+        _try_inputs(section, context, watch.mean, count)
+    return watch.mean
+
+
+def _places(translated: Sequence[int], classes: int) -> list[int]:
+    """Per class of the student the teacher's index of it, -1 where it has none."""
+    return [translated.index(k) if k in translated else -1 for k in range(classes)]
+
+
+def _try_inputs(section: Section, context: Context, each: float, count: int) -> None:
+    bench, indices = context.bench, context.indices
+    own = bench.pixel_input("teacher")
+    if len(own.mean) != _RGB or indices is None:
+        return
+    seconds = context.settings.seconds * _TRY
+    others = list(alternatives(own, bench.pixel_input("student")).items())
+    # Where all take too long, the first: the other channel order, the student's input.
+    others = others[: affordable(len(others), each, seconds)]
+    model = side_model(bench, "teacher")
+    tried: dict[str, tuple[PixelInput, list[Answer]]] = {what: (x, []) for what, x in others}
+    for example in within(context.examples, seconds):
+        for pixels, answers in tried.values():
+            with sees(model, own, pixels):
+                answers += ask(bench, "teacher", [example], count)
+    number = len(tried[others[0][0]][1])
+    better = find_better(context.answers[:number], tried, indices)
+    if better is None:
+        section.ok(
+            f"the teacher is surest under its own input: {len(tried)} others tried on "
+            f"{counted(number, 'image')}"
+        )
+        return
+    # What it says about classes is worth more where it sees what it was trained on.
+    context.answers = tried[better.what][1]
+    context.examples = context.examples[:number]
+    _report_better(section, context, better)
+
+
+def _report_better(section: Section, context: Context, better: Better) -> None:
+    bench = context.bench
+    own = bench.pixel_input("teacher")
+    keys = [key for key in ("FORMAT",) if bench.teacher_cfg and key in bench.teacher_cfg.INPUT]
+    only_order = (own.mean, own.std) == (better.pixels.mean, better.pixels.std)
+    if only_order and not keys:
+        remedy = (
+            "this host's images are RGB: reverse the input channels of the first convolution in "
+            "its weights"
+        )
+    else:
+        wrong = ["INPUT.FORMAT"] if keys and own.order != better.pixels.order else []
+        wrong += [] if only_order else ["MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"]
+        remedy = f"correct {', '.join(wrong)} in {bench.cfg.KD.TEACHER.CONFIG_FILE}"
+    text = (
+        f"the teacher's weights were not trained on the pixels it gets. Its mean confidence in the "
+        f"true class of an object is {better.own:.2f} as configured ({describe(own)}) and "
+        f"{better.other:.2f} with {better.what} ({describe(better.pixels)}); {remedy}"
+    )
+    section.data["better_input"] = {
+        "what": better.what,
+        "configured": better.own,
+        "other": better.other,
+    }
+    (section.error if better.clear else section.warn)(text)
+
+
+def _evaluate(section: Section, context: Context, each: float) -> list[tuple[str, ...]]:
+    bench, settings = context.bench, context.settings
+    if not bench.cfg.DATASETS.TEST:
+        section.note("nothing is evaluated: DATASETS.TEST is empty")
+        return []
+    number = affordable(settings.images, 2 * each, settings.seconds * _EVALUATE)
+    scores: dict[Side, float] = {}
+    name = ""
+    for side in _SIDES:
+        watch = Stopwatch(context.device)
+        with watch.running():
+            name, scores[side] = _score(context, side, number)
+        context.seconds_per_image[side] = watch.seconds / number
+    section.data["score"] = {"name": name, "images": number, **scores}
+    images = counted(number, "validation image")
+    teacher, floor = scores["teacher"], float(bench.cfg.KD.TEACHER.MIN_AP)
+    if floor and not teacher >= floor:
+        section.error(
+            f"the teacher's {name} on {images} is {teacher:.1f}, below KD.TEACHER.MIN_AP {floor:g}"
+        )
+    elif bench.cfg.KD.TEACHER.WEIGHTS and not teacher >= _POOR:
+        section.warn(
+            f"the teacher's {name} on {images} is {teacher:.1f}: it knows next to nothing of this "
+            "task"
+        )
+    if bench.cfg.KD.TEACHER.WEIGHTS and scores["student"] > teacher:
+        section.warn(
+            f"the student starts with {name} {scores['student']:.1f}, better than its teacher "
+            f"({teacher:.1f})"
+        )
+    texts = [f"{score:.1f}" for score in scores.values()]
+    return [(f"{name} on {images} (%)", *texts)]
+
+
+def _score(context: Context, side: Side, images: int) -> tuple[str, float]:
+    results = context.bench.evaluate(side, images)
+    for kind, metric, name in (("bbox", "AP", "box AP"), ("accuracy", "top1", "top-1 accuracy")):
+        if kind in results:
+            value = results[kind][metric]
+            return name, value if math.isfinite(value) else 0.0
+    raise KeyError(f"no score in {results}")
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{v:g}" for v in values)

@@ -1,0 +1,151 @@
+"""The terms on real batches: values, gradients on shared parameters, and shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from kd_det.preflight.context import Context
+from kd_det.preflight.findings import Section, counted
+from kd_det.preflight.steps import Step, shared_name
+
+_TOO_MUCH, _TOO_LITTLE = 0.9, 0.001
+
+
+def inspect_terms(section: Section, context: Context) -> None:
+    """Fill the section; training steps must have been taken."""
+    bench, steps = context.bench, context.steps
+    if bench.distiller is None or steps is None:
+        section.note("the run distils nothing")
+        return
+    names = list(bench.distiller.terms)
+    found = steps.steps
+    norms = {name: _mean([step.terms[name].norm for step in found]) for name in names}
+    task = _mean([step.task_norm for step in found]) or 0.0
+    total = task + sum(norm or 0.0 for norm in norms.values())
+    rows = [
+        (name, _number(_mean([step.task[name] for step in found])), "", "", "", "", "")
+        for name in found[0].task
+    ]
+    rows.append(("task", "", "", "", _number(task), "", _percent(task, total)))
+    for name in names:
+        values = [step.terms[name] for step in found]
+        raw, weight = _mean([v.raw for v in values]), values[0].weight
+        norm = norms[name]
+        rows.append(
+            (
+                name,
+                _number(raw),
+                f"{weight:g}",
+                _number(None if raw is None else raw * weight),
+                _number(norm),
+                _number(_mean([v.cosine for v in values])),
+                _percent(norm, total) if norm is not None else "-",
+            )
+        )
+        section.data[name] = {"raw": raw, "weight": weight, "norm": norm}
+        if norm is not None and total:
+            section.data[name]["share"] = norm / total
+    section.data["task"] = {"norm": task, "share": task / total if total else None}
+    section.table(
+        f"Means over {_batches(found)} of {counted(steps.images, 'image')}, schedules at full "
+        f"weight; gradients on {shared_name(bench.student)}, cosines with the task's",
+        ("loss", "raw", "weight", "weighted", "gradient", "cosine", "share"),
+        rows,
+    )
+    drowning = {name for name in names if total and (norms[name] or 0.0) > _TOO_MUCH * total}
+    for name in names:
+        # What drowns beside another term is that term's fault.
+        rest = task + sum(norms[other] or 0.0 for other in names if other not in drowning - {name})
+        _judge(section, context, name, norms[name], rest)
+    if not any(f.level in ("error", "warning") for f in section.findings):
+        section.ok("every term is finite, acts on the student, and none drowns the others")
+
+
+def proposed_weight(weight: float, norm: float, total: float, share: float) -> float:
+    """The weight that gives a term a share of the gradient, all else as it is.
+
+    A term's gradient is linear in its weight: with ``u = norm / weight`` and ``r = total - norm``
+    of everything else, ``w u / (w u + r) = share`` gives ``w = share / (1 - share) * r / u``.
+
+    Args:
+        weight: the one in use.
+        norm: of the gradient of the weighted term.
+        total: of all norms, this one included.
+        share: wanted, between 0 and 1.
+    """
+    return share / (1 - share) * (total - norm) / (norm / weight)
+
+
+def _judge(section: Section, context: Context, name: str, norm: float | None, total: float) -> None:
+    assert context.steps is not None
+    steps = context.steps.steps
+    values = [step.terms[name] for step in steps]
+    if norm is None or not all(math.isfinite(v.raw) for v in values):
+        broken = next((v.raw for v in values if not math.isfinite(v.raw)), math.nan)
+        section.error(
+            f"term '{name}' is not finite: its loss is {broken} on {_broken(steps, name)} of "
+            f"{_batches(steps)}, and training would stop there or learn nothing"
+        )
+        return
+    if all(v.weight == 0 for v in values):
+        section.warn(f"term '{name}' is off: its weight is 0")
+        return
+    if all(v.raw == 0 for v in values):
+        section.warn(
+            f"term '{name}' is exactly zero on all of {_batches(steps)}: its taps hold nothing to "
+            "compare (no boxes, no positives), or both sides are the same"
+        )
+        return
+    if norm == 0:
+        section.warn(
+            f"term '{name}' has a value but no gradient on {shared_name(context.bench.student)}: "
+            "its taps lie behind what is trained, or the student's part is detached"
+        )
+        return
+    _judge_share(section, context, name, norm, total)
+
+
+def _judge_share(section: Section, context: Context, name: str, norm: float, total: float) -> None:
+    assert context.steps is not None
+    cfg, share = context.bench.cfg, norm / total
+    term = next(t for t in context.bench.distiller.specs if t.name == name)  # type: ignore[union-attr]
+    alone = norm == total
+    # A balance moves the weights by itself, a clip limits the gradient, and a network that is
+    # trained first says nothing yet.
+    managed = cfg.KD.BALANCE.NAME in ("gradient_share", "gradnorm", "uncertainty")
+    if alone or managed or term.clip != "none" or name in context.bench.pre_stage:
+        return
+    wanted = context.settings.share
+    weight = context.steps.steps[0].terms[name].weight
+    proposal = proposed_weight(weight, norm, total, wanted)
+    where = f"of the gradient on {shared_name(context.bench.student)} with its WEIGHT {weight:g}"
+    advice = f"KD.TERMS.{name}.WEIGHT {proposal:.3g} would give it {wanted:.0%}"
+    if share > _TOO_MUCH:
+        section.warn(f"term '{name}' drowns everything else: {share:.1%} {where}; {advice}")
+    elif share < _TOO_LITTLE:
+        section.warn(f"term '{name}' has no say: a share of {share:.1g} {where}; {advice}")
+
+
+def _batches(steps: Sequence[Step]) -> str:
+    return f"{len(steps)} batch{'' if len(steps) == 1 else 'es'}"
+
+
+def _broken(steps: Sequence[Step], name: str) -> int:
+    """On how many batches a term is not finite."""
+    values = [step.terms[name] for step in steps]
+    return sum(v.norm is None or not math.isfinite(v.raw) for v in values)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None where one is missing."""
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if len(known) == len(values) and known else None
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _percent(part: float, total: float) -> str:
+    return f"{part / total:.1%}" if total else "-"
