@@ -1,0 +1,205 @@
+"""The runs a command line names, and which of them are one configuration with several seeds."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kd_det.checks import fail
+from kd_det.report.blocks import describe
+from kd_det.report.runs import Run, read_run
+
+TEACHER, BASELINE, DISTILLED = "teacher", "baseline", "run"
+
+# What seeds of one configuration differ in.
+_OWN_KEYS = ("SEED", "SEEDS", "OUTPUT_DIR")
+_SEED_FOLDER = re.compile(r"seed_\d+")
+_SEED_ENDING = re.compile(r"[-_.]+(seed|s)?[-_.]*\d+$")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong and with what."""
+
+    where: str
+    what: str
+
+
+@dataclass
+class Group:
+    """Runs of one configuration.
+
+    Attributes:
+        role: ``"teacher"``, ``"baseline"`` or ``"run"``.
+        runs: one per seed.
+        label: names it in tables and pictures.
+    """
+
+    role: str
+    runs: list[Run]
+    label: str = ""
+
+    @property
+    def counted(self) -> list[Run]:
+        """The finished runs; all of them where none is."""
+        return [run for run in self.runs if run.finished] or self.runs
+
+    def values(self, name: str) -> list[float]:
+        """A score of every counted seed that has it."""
+        return [run.scores[name] for run in self.counted if name in run.scores]
+
+    def config(self) -> dict[str, Any]:
+        """The keys that all its seeds share."""
+        return comparable(self.runs[0])
+
+
+@dataclass
+class Study:
+    """Everything that is compared.
+
+    Attributes:
+        groups: the distilled runs, in the order they were named.
+        baseline: the student alone; None if nothing of it could be read.
+        teacher: None likewise, or where none was named.
+        problems: what was wrong, run by run.
+    """
+
+    groups: list[Group] = field(default_factory=list)
+    baseline: Group | None = None
+    teacher: Group | None = None
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def students(self) -> list[Group]:
+        """Baseline first."""
+        return ([self.baseline] if self.baseline else []) + self.groups
+
+    @property
+    def everything(self) -> list[Group]:
+        """Baseline, runs, teacher."""
+        return self.students + ([self.teacher] if self.teacher else [])
+
+    @property
+    def runs(self) -> list[Run]:
+        """Of all groups."""
+        return [run for group in self.everything for run in group.runs]
+
+
+def collect(runs: Sequence[str], baseline: Sequence[str], teacher: Sequence[str] = ()) -> Study:
+    """Read and group everything that is named.
+
+    Args:
+        runs: folders of runs, folders of ``SEEDS``, or glob patterns.
+        baseline: likewise, of the student alone.
+        teacher: likewise; may be empty.
+
+    Raises:
+        KDError: ``baseline``, ``teacher`` or all of ``runs`` name no folder.
+    """
+    study = Study()
+    folders = {
+        TEACHER: expand(teacher, study.problems),
+        BASELINE: expand(baseline, study.problems),
+        DISTILLED: expand(runs, study.problems),
+    }
+    for role, named in ((DISTILLED, runs), (BASELINE, baseline), (TEACHER, teacher)):
+        if named and not folders[role]:
+            fail(
+                expected="RUN to name a folder"
+                if role == DISTILLED
+                else f"--{role} to name a folder",
+                received=" ".join(named),
+                remedy="give the OUTPUT_DIR of a run that was started",
+            )
+    taken: set[Path] = set()
+    found: dict[str, list[Group]] = {}
+    for role, paths in folders.items():
+        new = [path for path in paths if path.resolve() not in taken]
+        taken |= {path.resolve() for path in new}
+        found[role] = _grouped(role, new, study.problems)
+    study.teacher = _single(found[TEACHER], study.problems)
+    study.baseline = _single(found[BASELINE], study.problems)
+    study.groups = found[DISTILLED]
+    _name(study.everything)
+    return study
+
+
+def expand(named: Sequence[str], problems: list[Problem]) -> list[Path]:
+    """The folders of single runs; a name that leads nowhere is a problem."""
+    found: list[Path] = []
+    for name in named:
+        paths = [Path(name)] if Path(name).is_dir() else []
+        if not paths and glob.has_magic(name):
+            paths = [path for path in map(Path, sorted(glob.glob(name))) if path.is_dir()]
+        if not paths:
+            problems.append(Problem(name, "no such folder"))
+        for path in paths:
+            seeds = [p for p in path.iterdir() if p.is_dir() and _SEED_FOLDER.fullmatch(p.name)]
+            found += sorted(seeds, key=lambda p: int(p.name.split("_")[1])) or [path]
+    return list(dict.fromkeys(found))
+
+
+def comparable(run: Run) -> dict[str, Any]:
+    """The config without what seeds differ in; paths inside the run's own folder are relative."""
+    # A stage's folder lies in that of its run, and its start are the weights of the stage before.
+    own = str(run.config.get("OUTPUT_DIR", run.last))
+    if run.last != run.folder:
+        own = str(Path(own).parent)
+    return {
+        key: value.replace(own, "<run>") if isinstance(value, str) else value
+        for key, value in run.config.items()
+        if key not in _OWN_KEYS
+    }
+
+
+def _grouped(role: str, folders: Sequence[Path], problems: list[Problem]) -> list[Group]:
+    groups: dict[str, Group] = {}
+    for folder in folders:
+        try:
+            run = read_run(folder)
+        # One broken run, whatever broke it, must not cost the report of the others.
+        except Exception as error:
+            problems.append(Problem(str(folder), describe(error)))
+            continue
+        key = json.dumps(comparable(run), sort_keys=True, default=str)
+        # Nobody knows what a run without a config is the same as.
+        key = key if run.config else str(folder)
+        groups.setdefault(key, Group(role, [])).runs.append(run)
+    return list(groups.values())
+
+
+def _single(groups: list[Group], problems: list[Problem]) -> Group | None:
+    if len(groups) > 1:
+        first, *others = groups
+        left_out = ", ".join(str(run.folder) for group in others for run in group.runs)
+        problems.append(
+            Problem(
+                f"--{first.role}",
+                f"names {len(groups)} configurations; that of {first.runs[0].folder} is the "
+                f"{first.role}, left out: {left_out}",
+            )
+        )
+    return groups[0] if groups else None
+
+
+def _name(groups: Sequence[Group]) -> None:
+    names = [_common_name(group) for group in groups]
+    for group, name in zip(groups, names, strict=True):
+        group.label = name
+        if names.count(name) > 1:
+            group.label = f"{group.runs[0].folder.parent.name}/{group.runs[0].folder.name}"
+
+
+def _common_name(group: Group) -> str:
+    folders = [run.folder.resolve() for run in group.runs]
+    if all(_SEED_FOLDER.fullmatch(folder.name) for folder in folders):
+        return folders[0].parent.name
+    if len(folders) == 1:
+        return folders[0].name
+    stripped = {_SEED_ENDING.sub("", folder.name) for folder in folders}
+    return stripped.pop() if len(stripped) == 1 else folders[0].name

@@ -1,0 +1,207 @@
+"""A run as it lies on disk: finished, interrupted or damaged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kd_det.checks import KDError
+from kd_det.config import literal, load_yaml
+from kd_det.record import FAILED, FILE, RUNNING, read_record
+from kd_det.report.metrics import Curves, read_metrics
+from kd_det.stages import FINAL, RESULTS
+from kd_det.tags import curve_tag
+
+PREDICTIONS = Path("inference") / "coco_instances_results.json"
+CLASSIFIED = Path("inference") / "predictions.json"
+
+CONFIG, _METRICS = "config.yaml", "metrics.json"
+_TRACES = (CONFIG, FILE, _METRICS, RESULTS, FINAL)
+# What a metric measures is the first part of its name; everything else in metrics.json is a loss,
+# a time or a rate.
+KINDS = ("bbox", "segm", "accuracy")
+# Entries of run.json that have parts; git and teacher may be null.
+_ENTRIES: dict[str, type | tuple[type, ...]] = {
+    "starts": list,
+    "command": list,
+    "versions": dict,
+    "parameters": dict,
+    "git": (dict, type(None)),
+    "teacher": (dict, type(None)),
+}
+
+
+@dataclass
+class Run:
+    """One run.
+
+    Attributes:
+        folder: its ``OUTPUT_DIR``.
+        last: the folder of its last stage; ``folder`` itself without stages.
+        config: dotted key to value; empty if it cannot be read.
+        record: ``run.json``; empty in runs that wrote none.
+        curves: see :func:`kd_det.report.metrics.read_metrics`.
+        scores: ``bbox/AP``, ``bbox/AP-<class>``, ``accuracy/top1``, ... in percent.
+        sources: ``bbox``, ``segm`` or ``accuracy`` to where these scores come from.
+        problems: what was wrong with it, in sentences.
+    """
+
+    folder: Path
+    last: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+    curves: Curves = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def seed(self) -> int | None:
+        """The seed it ran with; None if it drew one that nobody wrote down."""
+        seed = self.record.get("seed", self.config.get("SEED"))
+        return seed if isinstance(seed, int) and seed >= 0 else None
+
+    @property
+    def iterations(self) -> int:
+        """Iterations that its metrics reach."""
+        return max((max(points) for points in self.curves.values() if points), default=0)
+
+    @property
+    def test_sets(self) -> list[str]:
+        """Names of the data it is evaluated on."""
+        named = literal(self.config.get("DATASETS.TEST"))
+        return [str(name) for name in named] if isinstance(named, (list, tuple)) else []
+
+    @property
+    def planned(self) -> int:
+        """Iterations of the whole run; 0 where its config counts epochs."""
+        planned = self.config.get("SOLVER.MAX_ITER")
+        return planned if isinstance(planned, int) else 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was trained to its end, or only evaluated."""
+        if "total_loss" not in self.curves:
+            return bool(self.scores)
+        stopped = self.record.get("status") in (RUNNING, FAILED) and self.iterations < self.planned
+        return not stopped and (self.folder / FINAL).is_file()
+
+    @property
+    def state(self) -> str:
+        """``finished``, or how far it came and why it ended."""
+        if self.finished:
+            return "finished"
+        reached = f"{self.iterations} of {self.planned}" if self.planned else str(self.iterations)
+        told = f" ({self.record['error']})" if self.record.get("error") else ""
+        verb = "failed" if self.record.get("status") == FAILED else "not finished"
+        return f"{verb}, {reached} iterations{told}"
+
+    @property
+    def terms(self) -> list[str]:
+        """Names of its distillation terms that were ever logged."""
+        named = {key.split(".")[2] for key in self.config if key.startswith("KD.TERMS.")}
+        return sorted(named & set(self.curves))
+
+    def tagged(self) -> dict[str, dict[int, float]]:
+        """The curves by the names that all hosts share; see :mod:`kd_det.tags`."""
+        return {curve_tag(name, self.terms): points for name, points in self.curves.items()}
+
+    def weights(self) -> Path | None:
+        """The final weights, if there are any."""
+        for folder in (self.folder, self.last):
+            if (folder / FINAL).is_file():
+                return folder / FINAL
+        return None
+
+    def file(self, name: str | Path) -> Path | None:
+        """A file of the last stage or of the run itself."""
+        for folder in (self.last, self.folder):
+            if (folder / name).is_file():
+                return folder / name
+        return None
+
+
+def read_run(folder: Path) -> Run:
+    """Read what there is; what cannot be read is among the run's problems.
+
+    Raises:
+        KDError: nothing in the folder was left by a run.
+    """
+    stages = [path for path in folder.glob("stage_*_*") if path.is_dir()]
+    last = max(stages, key=_stage_number) if stages else folder
+    if not any((last / name).exists() for name in _TRACES):
+        raise KDError(f"no run: it holds none of {', '.join(_TRACES)}")
+    run = Run(folder, last)
+    if path := run.file(CONFIG):
+        try:
+            run.config = dict(flatten(load_yaml(str(path))))
+        except KDError as error:
+            run.problems.append(f"{CONFIG} cannot be read: {error}")
+    else:
+        run.problems.append(f"no {CONFIG}: neither its data nor its terms are known")
+    if path := run.file(FILE):
+        record = read_record(path.parent) or {}
+        run.record = {k: v for k, v in record.items() if isinstance(v, _ENTRIES.get(k, object))}
+        if run.record != record or not record:
+            run.problems.append(f"{FILE} cannot be read, or not all of it")
+    if path := run.file(_METRICS):
+        run.curves, problems = read_metrics(path)
+        run.problems += problems
+    else:
+        run.problems.append(f"no {_METRICS}: no curves and no times")
+    _read_results(run)
+    return run
+
+
+def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested mappings; an empty one has neither."""
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def percentages(results: Any, test: Sequence[str] = ()) -> dict[str, float]:
+    """``{"bbox/AP": ...}`` of a host's results; of several test sets, the first of ``test``.
+
+    NaN, which stands for nothing to measure, is left out.
+    """
+    if isinstance(results, Mapping) and test and test[0] in results:
+        results = results[test[0]]
+    found = dict(flatten(results)) if isinstance(results, Mapping) else {}
+    return {
+        name.replace(".", "/", 1): float(value)
+        for name, value in found.items()
+        if name.split(".")[0] in KINDS
+        and isinstance(value, (int, float))
+        and value == value  # not NaN
+    }
+
+
+def _read_results(run: Run) -> None:
+    if path := run.file(RESULTS):
+        try:
+            run.scores = percentages(json.loads(path.read_bytes()), run.test_sets)
+            run.sources = _sources(run.scores, RESULTS)
+        except ValueError as error:
+            run.problems.append(f"{RESULTS} is not JSON ({error})")
+    if not run.scores:
+        run.scores = {
+            name: list(points.values())[-1]
+            for name, points in run.curves.items()
+            if name.split("/")[0] in KINDS
+        }
+        run.sources = _sources(run.scores, f"the last evaluation in {_METRICS}")
+
+
+def _sources(scores: Mapping[str, float], source: str) -> dict[str, str]:
+    return dict.fromkeys((name.split("/")[0] for name in scores), source)
+
+
+def _stage_number(path: Path) -> int:
+    number = path.name.split("_")[1]
+    return int(number) if number.isdigit() else 0

@@ -1,0 +1,166 @@
+"""What the distillation bought and at what cost, in one sentence and a few numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kd_det.report.blocks import Facts, Text
+from kd_det.report.cost import Cost, Measured
+from kd_det.report.expense import count, seconds
+from kd_det.report.groups import TEACHER, Group, Study
+from kd_det.report.stats import Gain, spread
+from kd_det.report.tables import LABELS, MAIN, gain_of, kinds, recovered_by
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The configuration that the summary speaks of.
+
+    Attributes:
+        group: the one that gains most, if any gain counts; else the highest.
+        metric: name of the score.
+        gain: over the baseline.
+    """
+
+    group: Group
+    metric: str
+    gain: Gain
+
+
+def headline(study: Study) -> Headline | None:
+    """The best distilled configuration by the first thing that was measured; finished ones first.
+
+    None where nothing can be compared.
+    """
+    for kind in kinds(study):
+        metric = f"{kind}/{MAIN[kind]}"
+        found = [
+            Headline(group, metric, gain)
+            for group in study.groups
+            if (gain := gain_of(study, group, metric)) is not None
+        ]
+        if found:
+            return max(found, key=_rank)
+    return None
+
+
+def sentences(study: Study, best: Headline | None, measured: Sequence[Measured]) -> list[Text]:
+    """The summary; a gain within noise is no gain."""
+    if best is None or study.baseline is None:
+        return [Text("Nothing can be compared: no score of both a run and the baseline was found.")]
+    texts = [Text(f"{_bought(study, best)} {_paid(study, best, measured)}")]
+    if len(study.groups) > 1:
+        texts.append(Text(_count(study, best.metric)))
+    unfinished = [str(run.folder) for run in study.runs if not run.finished]
+    if unfinished:
+        texts.append(Text(f"Not finished: {', '.join(unfinished)}."))
+    return texts
+
+
+def facts(study: Study, best: Headline | None, measured: Sequence[Measured]) -> Facts:
+    """The same as numbers to see first."""
+    entries: list[tuple[str, str]] = []
+    if best is None:
+        return Facts(entries)
+    entries.append(
+        (
+            f"{best.gain.difference:+.2f}",
+            f"{LABELS[best.metric]}, {best.group.label} over the baseline: {best.gain.verdict}",
+        )
+    )
+    share = recovered_by(study, best.group, best.metric)
+    if share is not None and best.gain.counts and best.gain.difference > 0:
+        entries.append((f"{share:.0%}", "of the gap between baseline and teacher closed"))
+    if ratio := _slower(study, best.group):
+        entries.append((f"× {ratio:.2f}", "training time per iteration"))
+    own, teacher = _costs(best.group, measured)
+    if own:
+        of_teacher = [""] * 2
+        if teacher:
+            of_teacher = [f" (teacher: {count(teacher.parameters)})"]
+            of_teacher += [f" (teacher: {1000 * teacher.seconds:.3g} ms)"]
+        entries.append((count(own.parameters), f"parameters at inference{of_teacher[0]}"))
+        entries.append(
+            (f"{1000 * own.seconds:.3g} ms", f"per image on {own.device}{of_teacher[1]}")
+        )
+    return Facts(entries)
+
+
+def _rank(found: Headline) -> tuple[bool, bool, float]:
+    gain = found.gain
+    all_finished = all(run.finished for run in found.group.counted)
+    return all_finished, gain.counts and gain.difference > 0, gain.difference
+
+
+def _bought(study: Study, best: Headline) -> str:
+    assert study.baseline is not None
+    own, alone = best.group.values(best.metric), study.baseline.values(best.metric)
+    name, label, gain = best.group.label, LABELS[best.metric], best.gain
+    numbers = f"{spread(own)} against {spread(alone)}"
+    if gain.noise is None:
+        where = "above" if gain.difference > 0 else "below"
+        return (
+            f"{name} is {abs(gain.difference):.2f} {label} {where} the baseline ({numbers}); "
+            "a single seed does not tell whether that is more than noise."
+        )
+    seeds = f"{len(own)} and {len(alone)} seeds"
+    if not gain.counts:
+        return (
+            f"No gain: {name}, the highest, differs from the baseline by {gain.difference:+.2f} "
+            f"{label} ({numbers}, {seeds}), which is within the noise of the seed."
+        )
+    if gain.difference < 0:
+        return (
+            f"No gain: {name}, the highest, loses {-gain.difference:.2f} {label} against the "
+            f"baseline ({numbers}, {seeds}; {gain.verdict})."
+        )
+    share = recovered_by(study, best.group, best.metric)
+    gap = f" and closes {share:.0%} of the gap to the teacher" if share is not None else ""
+    return (
+        f"{name} gains {gain.difference:.2f} {label} over the baseline ({numbers}, {seeds}; "
+        f"{gain.verdict}){gap}."
+    )
+
+
+def _paid(study: Study, best: Headline, measured: Sequence[Measured]) -> str:
+    ratio = _slower(study, best.group)
+    training = f"An iteration of training took {ratio:.2f} times as long. " if ratio else ""
+    own, teacher = _costs(best.group, measured)
+    alone, _ = _costs(study.baseline, measured) if study.baseline else (None, None)
+    if own is None:
+        return training
+    inference = f"At inference it has {count(own.parameters)} parameters"
+    if own is alone:
+        inference += ", as the baseline"
+    if teacher is not None:
+        inference += f" (teacher: {count(teacher.parameters)})"
+    return f"{training}{inference}."
+
+
+def _count(study: Study, metric: str) -> str:
+    gains = [gain for group in study.groups if (gain := gain_of(study, group, metric))]
+    better = sum(gain.counts and gain.difference > 0 for gain in gains)
+    worse = sum(gain.counts and gain.difference < 0 for gain in gains)
+    unknown = sum(gain.noise is None for gain in gains)
+    noise = len(gains) - better - worse - unknown
+    parts = [
+        (better, "gain more than 2 sd" if better != 1 else "gains more than 2 sd"),
+        (noise, "within noise"),
+        (worse, "lost more than 2 sd"),
+        (unknown, "of unknown noise"),
+    ]
+    told = ", ".join(f"{number} {what}" for number, what in parts if number)
+    return f"Of {len(gains)} distilled configurations: {told} ({LABELS[metric]})."
+
+
+def _slower(study: Study, group: Group) -> float | None:
+    own = seconds(group)
+    usual = seconds(study.baseline) if study.baseline else None
+    return own / usual if own and usual else None
+
+
+def _costs(group: Group, measured: Sequence[Measured]) -> tuple[Cost | None, Cost | None]:
+    own = next((m.cost for m in measured if group in m.groups), None)
+    teacher = next((m.cost for m in measured if m.groups[0].role == TEACHER), None)
+    return own, teacher
