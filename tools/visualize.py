@@ -1,0 +1,12 @@
+#!/usr/bin/env python
+"""Pictures of what is distilled: ``python tools/visualize.py --config-file X.yaml --help``.
+
+Maps, attention, masks, RoIs, graphs and logits of teacher and student, on every host.
+"""
+
+import sys
+
+from kd_det.visualize.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
