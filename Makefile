@@ -5,6 +5,8 @@ PYTHON     ?= python3
 WHEELHOUSE ?= $(HOME)/.cache/kd_det/wheels
 # Further arguments for pytest, such as PYTEST_ARGS="-k review -x".
 PYTEST_ARGS ?=
+# Processes that share the tests; each takes up to 3 GB.
+TEST_WORKERS ?= 2
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -29,7 +31,7 @@ quickstart: $(INSTALLED)  ## Distil a small detector on real images in minutes (
 	$(BIN)/python tools/quickstart.py $(if $(HOST),--host $(HOST))
 
 test: $(INSTALLED)  ## Run the tests (PYTEST_ARGS="-k review")
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(INSTALLED)  ## Check style, formatting and types
 	$(BIN)/python -m ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import contextmanager
 
@@ -9,6 +10,12 @@ import pytest
 import torch
 
 from kd_det.checks import KDError
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Processes that share the cores must not each start as many threads: they would wait for one
+    # another in every operator. Programs that tests start inherit it.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
