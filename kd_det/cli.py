@@ -17,17 +17,16 @@ from kd_det.config import read_host
 from kd_det.runs import check_output_dir
 from kd_det.stages import Host, read_plan, run_plan
 
+_DESCRIPTION = "Train or evaluate a distilled detector or classifier."
+_EXAMPLE = """\
+example:
+  python tools/train_net.py --config-file configs/reviewkd_frcnn_r50_r101.yaml --num-gpus 4"""
 INSTALL_GUIDE = "https://detectron2.readthedocs.io/tutorials/install.html"
 
 
 def argument_parser() -> argparse.ArgumentParser:
     """Detectron2's own flags, with the same meaning on every host."""
-    parser = argparse.ArgumentParser(
-        description="Train or evaluate a distilled detector or classifier.",
-        epilog="example: python tools/train_net.py "
-        "--config-file configs/reviewkd_frcnn_r50_r101.yaml --num-gpus 4",
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="a YAML config")
+    parser = config_parser(_DESCRIPTION, _EXAMPLE)
     parser.add_argument("--resume", action="store_true", help="continue the run in OUTPUT_DIR")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS only")
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs per machine (default 1)")
@@ -36,6 +35,22 @@ def argument_parser() -> argparse.ArgumentParser:
     # Different users of a machine must not meet on one port.
     port = 2**15 + 2**14 + hash(os.getuid() if hasattr(os, "getuid") else 1) % 2**14
     parser.add_argument("--dist-url", default=f"tcp://127.0.0.1:{port}", help="rendezvous URL")
+    return parser
+
+
+def config_parser(description: str, example: str) -> argparse.ArgumentParser:
+    """``--config-file FILE ... KEY VALUE``, as every tool takes a config, to add flags to.
+
+    Args:
+        description: what the tool does.
+        example: a whole command, shown below the flags; both keep their line breaks.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="of any host")
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of config keys"
     )

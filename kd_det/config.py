@@ -192,6 +192,16 @@ def read_terms(cfg: CfgNode) -> list[Term]:
     return [term for term in terms if not active or term.name in active]
 
 
+def is_condensed(cfg: CfgNode) -> bool:
+    """Whether a run has ``KD.KCD`` on."""
+    return bool(cfg.KD.ENABLED and cfg.KD.KCD.ENABLED)
+
+
+def condensation_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """``KD.KCD`` as arguments of :class:`kd_det.condensation.Condensation`, which has its names."""
+    return {key.lower(): value for key, value in cfg.KD.KCD.items() if key != "ENABLED"}
+
+
 def _check_keys(node: Any, where: str = "") -> None:
     """Names of classes may be numbers, which YAML does not take for text."""
     if not isinstance(node, dict):

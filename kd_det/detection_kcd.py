@@ -14,17 +14,13 @@ from fvcore.common.config import CfgNode
 
 from kd_det.checks import fail
 from kd_det.condensation import Condensation
+from kd_det.config import condensation_arguments, is_condensed
 
 # Boxes are labels of the kept image alone. A partner that shows more than this would put objects
 # into it that have none.
 _MAX_EPSILON = 0.3
 
 logger = logging.getLogger(__name__)
-
-
-def is_condensed(cfg: CfgNode) -> bool:
-    """Whether a run has ``KD.KCD`` on."""
-    return cfg.KD.ENABLED and cfg.KD.KCD.ENABLED
 
 
 def check_kcd(cfg: CfgNode) -> None:
@@ -59,20 +55,9 @@ def build_condensation(cfg: CfgNode, images: int) -> Condensation | None:
     """
     if not is_condensed(cfg):
         return None
-    node = cfg.KD.KCD
-    return Condensation(
-        images,
-        rho=node.RHO,
-        period=node.PERIOD,
-        total=cfg.SOLVER.MAX_ITER,
-        alpha=node.ALPHA,
-        schedule=node.SCHEDULE,
-        pool=node.POOL,
-        epsilon=node.EPSILON,
-        blend=node.BLEND,
-        epsilon_rule=node.EPSILON_RULE,
-        batch=cfg.SOLVER.IMS_PER_BATCH,
-    )
+    solver = cfg.SOLVER
+    described = condensation_arguments(cfg)
+    return Condensation(images, total=solver.MAX_ITER, batch=solver.IMS_PER_BATCH, **described)
 
 
 def planned_config(cfg: CfgNode, condensation: Condensation) -> CfgNode:

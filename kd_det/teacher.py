@@ -13,8 +13,8 @@ module it stays outside the module tree, which settles 1 and 4.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class FrozenTeacher:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval().requires_grad_(False)
+        self._around: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the teacher; the result carries no gradient graph."""
@@ -55,8 +56,17 @@ class FrozenTeacher:
         """
         if any(module.training for module in self.model.modules()):
             self.model.eval()
-        with torch.no_grad():
+        with self._around(), torch.no_grad():
             yield self.model
+
+    @contextmanager
+    def observed(self, around: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+        """Enter ``around()`` with every :meth:`inference` meanwhile, to time or count it."""
+        before, self._around = self._around, around
+        try:
+            yield
+        finally:
+            self._around = before
 
     def follow(self, tensor: Tensor) -> FrozenTeacher:
         """Move the teacher to the device and floating dtype of ``tensor`` if it is elsewhere."""

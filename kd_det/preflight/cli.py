@@ -13,7 +13,7 @@ from fvcore.common.config import CfgNode
 from rich.console import Console
 
 from kd_det.checks import KDError, fail
-from kd_det.cli import load_config
+from kd_det.cli import config_parser, load_config
 from kd_det.preflight.context import Settings
 from kd_det.preflight.findings import Preflight, Section
 from kd_det.preflight.page import HTML, PICTURE, prepare_folder, write_report
@@ -47,12 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def argument_parser() -> argparse.ArgumentParser:
     """The config as in ``train_net.py``, and how far to look."""
     defaults = Settings()
-    parser = argparse.ArgumentParser(
-        description=_DESCRIPTION,
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="of any host")
+    parser = config_parser(_DESCRIPTION, _EXAMPLE)
     parser.add_argument(
         "--batches", type=int, default=defaults.batches, metavar="K",
         help=f"training batches to measure terms on ({defaults.batches})",
@@ -68,9 +63,6 @@ def argument_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="of the report; default OUTPUT_DIR/preflight"
-    )
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of config keys"
     )
     return parser
 

@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from kd_det.inspection import evaluating
 from kd_det.preflight.budget import Stopwatch, within
 from kd_det.shares import TASK, gradient_norms
-from kd_det.teacher import FrozenTeacher
 from kd_det.workbench import Workbench
 
 _LOSS_SCALE = 1024.0  # of half-precision losses, whose gradients would otherwise vanish
@@ -218,7 +217,7 @@ class _Watch:
             stack.enter_context(self._entering("student", bench.student))
             if bench.teacher is not None:
                 stack.enter_context(self._entering("teacher", bench.teacher.model))
-                stack.enter_context(_timed_teacher(bench.teacher, watches["teacher"]))
+                stack.enter_context(bench.teacher.observed(watches["teacher"].running))
             if bench.distiller is not None:
                 stack.enter_context(_at_full_schedule(bench.distiller))
                 stack.enter_context(self._watched_distiller(bench.distiller, watches["losses"]))
@@ -256,23 +255,6 @@ class _Watch:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-@contextmanager
-def _timed_teacher(teacher: FrozenTeacher, watch: Stopwatch) -> Iterator[None]:
-    """Every host runs its teacher inside ``teacher.inference()``."""
-    inference = teacher.inference
-
-    @contextmanager
-    def timed() -> Iterator[nn.Module]:
-        with watch.running(), inference() as model:
-            yield model
-
-    teacher.inference = timed  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del teacher.inference
 
 
 @contextmanager

@@ -107,9 +107,11 @@ def _judge(section: Section, context: Context, name: str, norm: float | None, to
 
 
 def _judge_share(section: Section, context: Context, name: str, norm: float, total: float) -> None:
+    distiller = context.bench.distiller
     assert context.steps is not None
+    assert distiller is not None
     cfg, share = context.bench.cfg, norm / total
-    term = next(t for t in context.bench.distiller.specs if t.name == name)  # type: ignore[union-attr]
+    term = next(t for t in distiller.specs if t.name == name)
     alone = norm == total
     # A balance moves the weights by itself, a clip limits the gradient, and a network that is
     # trained first says nothing yet.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_det.checks import KDError, fail
+from kd_det.cli import config_parser
 from kd_det.tuning.report import verdict
 from kd_det.tuning.search import Sweep
 from kd_det.tuning.space import SAMPLERS, Space, make_space
@@ -60,12 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def argument_parser() -> argparse.ArgumentParser:
     """Keys and the values to try for them, the runs, and overrides as in ``train_net.py``."""
-    parser = argparse.ArgumentParser(
-        description=_DESCRIPTION,
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="of any host")
+    parser = config_parser(_DESCRIPTION, _EXAMPLE)
     parser.add_argument(
         "--keys", nargs="+", required=True, metavar="KEY[=V,V,...]",
         help="config keys in the order of the search, each with values of its own if wanted",
@@ -81,9 +77,6 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--jobs", type=int, default=1, help="values trained at a time")
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs of each run")
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides for all runs"
-    )
     return parser
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd_det.checks import KDError
+from kd_det.cli import config_parser
 from kd_det.visualize.run import visualize
 
 _DESCRIPTION = """\
@@ -42,12 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def argument_parser() -> argparse.ArgumentParser:
     """The run, the images, and overrides as in ``train_net.py``."""
-    parser = argparse.ArgumentParser(
-        description=_DESCRIPTION,
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="of any host")
+    parser = config_parser(_DESCRIPTION, _EXAMPLE)
     parser.add_argument(
         "--weights", default="", metavar="FILE", help="of the student (default MODEL.WEIGHTS)"
     )
@@ -59,8 +55,5 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=4, help="images of each batch to draw (4)")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="for the PNGs (default OUTPUT_DIR/visualize)"
-    )
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of config keys"
     )
     return parser

@@ -13,7 +13,7 @@ from kd_det.balance import build_balance
 from kd_det.checkpoint import SUFFIXES, load_distiller, load_student
 from kd_det.checks import fail
 from kd_det.condensation import Condensation
-from kd_det.config import read_terms
+from kd_det.config import condensation_arguments, is_condensed, read_terms
 from kd_det.hosts.classification.checkpoints import own_names
 from kd_det.hosts.classification.classes import build_class_map
 from kd_det.hosts.classification.data import ClassificationData
@@ -92,23 +92,11 @@ def _booster(cfg: CfgNode, student: nn.Module) -> Booster:
 
 def build_condensation(cfg: CfgNode, data: ClassificationData) -> Condensation | None:
     """KCD's state where ``cfg.KD.KCD`` asks for it."""
-    node = cfg.KD.KCD
-    if not (cfg.KD.ENABLED and node.ENABLED):
+    if not is_condensed(cfg):
         return None
-    return Condensation(
-        len(data),
-        node.RHO,
-        node.PERIOD,
-        cfg.SOLVER.MAX_EPOCH,
-        alpha=node.ALPHA,
-        schedule=node.SCHEDULE,
-        pool=node.POOL,
-        epsilon=node.EPSILON,
-        blend=node.BLEND,
-        epsilon_rule=node.EPSILON_RULE,
-        min_per_class=node.MIN_PER_CLASS,
-        labels=data.targets if node.MIN_PER_CLASS else None,
-    )
+    labels = data.targets if cfg.KD.KCD.MIN_PER_CLASS else None
+    described = condensation_arguments(cfg)
+    return Condensation(len(data), total=cfg.SOLVER.MAX_EPOCH, labels=labels, **described)
 
 
 def build_unix(cfg: CfgNode, seed: int, rank: int) -> UnixMixup | None:

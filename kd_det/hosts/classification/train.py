@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from fvcore.common.config import CfgNode
 
 from kd_det.checks import fail
+from kd_det.config import is_condensed
 from kd_det.hosts.classification.build import (
     build_condensation,
     build_training_model,
@@ -129,5 +130,5 @@ def _trainer(this: Run, tag: CurveTag, callbacks: Sequence[pl.Callback]) -> pl.T
         max_steps=cfg.SOLVER.MAX_ITER or -1,
         check_val_every_n_epoch=max(1, cfg.TEST.EVAL_PERIOD),
         # KCD's epochs shrink.
-        reload_dataloaders_every_n_epochs=1 if cfg.KD.ENABLED and cfg.KD.KCD.ENABLED else 0,
+        reload_dataloaders_every_n_epochs=int(is_condensed(cfg)),
     )

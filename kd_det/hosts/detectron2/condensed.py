@@ -25,10 +25,10 @@ from torch import Tensor
 
 from kd_det.checks import fail
 from kd_det.condensation import Condensation
+from kd_det.config import is_condensed
 from kd_det.detection_kcd import (
     StageLoader,
     build_condensation,
-    is_condensed,
     planned_config,
     report_costs,
 )

@@ -22,7 +22,7 @@ from detectron2.utils.events import EventWriter
 
 from kd_det.checkpoint import load_distiller
 from kd_det.checks import fail
-from kd_det.detection_kcd import is_condensed
+from kd_det.config import is_condensed
 from kd_det.distiller import Distiller
 from kd_det.hosts.detectron2.condensed import Condense, CondensedRun
 from kd_det.hosts.detectron2.progress import ProgressBar, ShowProgress

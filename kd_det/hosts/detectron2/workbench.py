@@ -38,7 +38,8 @@ from torch import Tensor, nn
 
 from kd_det.checkpoint import load_student, read_weights
 from kd_det.checks import fail
-from kd_det.detection_kcd import build_condensation, is_condensed
+from kd_det.config import is_condensed
+from kd_det.detection_kcd import build_condensation
 from kd_det.distiller import Distiller
 from kd_det.hosts.detectron2 import taps as host_taps
 from kd_det.hosts.detectron2.backbones import add_backbone_config

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_dtype
 
 from kd_det.checkpoint import read_weights
-from kd_det.detection_kcd import build_condensation, is_condensed
+from kd_det.config import is_condensed
+from kd_det.detection_kcd import build_condensation
 from kd_det.distiller import Distiller
 from kd_det.hosts.torchvision_detection.classes import class_names, teacher_class_names
 from kd_det.hosts.torchvision_detection.config import check_config, load_config

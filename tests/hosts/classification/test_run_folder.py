@@ -13,19 +13,7 @@ from kd_det.hosts.classification.lit import PREDICTIONS
 from kd_det.hosts.classification.train import run
 from kd_det.record import read_record
 from tests.hosts.classification.test_train import SOFT, Stop
-
-FILES = {
-    "config.yaml",
-    "csv",
-    "inference",
-    "last.ckpt",
-    "log.txt",
-    "metrics.json",
-    "model_final.pth",
-    "results.json",
-    "run.json",
-    "tensorboard",
-}
+from tests.hosts.run_folder import FILES
 
 
 @pytest.fixture

@@ -296,17 +296,6 @@ class TestBar:
             assert (bar is not None) == (terminal and wanted)
 
 
-@pytest.fixture
-def own_loggers():
-    """The loggers that a run sets up, as they were before."""
-    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "kd_det")]
-    before = [(x, list(x.handlers), x.level, x.propagate) for x in loggers]
-    yield
-    for logger, handlers, level, propagate in before:
-        logger.handlers[:], logger.propagate = handlers, propagate
-        logger.setLevel(level)
-
-
 @pytest.mark.usefixtures("own_loggers")
 @pytest.mark.parametrize("with_bar", [True, False])
 def test_beside_the_bar_the_screen_has_warnings_only_and_the_log_has_all(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -86,17 +85,6 @@ def test_a_run_trains_resumes_and_evaluates_to_the_same_ap(options, tmp_path):
 def curves(folder: Path) -> dict[str, list[float]]:
     lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     return {key: [x[key] for x in lines if key in x] for key in {k for x in lines for k in x}}
-
-
-@pytest.fixture
-def own_loggers():
-    """Detectron2's logging, which a run sets up, as it was before."""
-    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "kd_det")]
-    before = [(x, list(x.handlers), x.level, x.propagate) for x in loggers]
-    yield
-    for logger, handlers, level, propagate in before:
-        logger.handlers[:], logger.propagate = handlers, propagate
-        logger.setLevel(level)
 
 
 @pytest.mark.usefixtures("own_loggers")

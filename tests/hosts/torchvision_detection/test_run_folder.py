@@ -12,20 +12,8 @@ from kd_det.hosts.torchvision_detection.lit import TASK_LOSSES
 from kd_det.hosts.torchvision_detection.train import run
 from kd_det.record import read_record
 from kd_det.tags import CurveTag
+from tests.hosts.run_folder import FILES
 from tests.hosts.torchvision_detection.models import ARCHITECTURES, batch, student_model
-
-FILES = {
-    "config.yaml",
-    "csv",
-    "inference",
-    "last.ckpt",
-    "log.txt",
-    "metrics.json",
-    "model_final.pth",
-    "results.json",
-    "run.json",
-    "tensorboard",
-}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
