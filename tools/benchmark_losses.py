@@ -12,6 +12,7 @@ import argparse
 import platform
 import statistics
 import sys
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -27,7 +28,7 @@ from kd_det.teacher import FrozenTeacher
 FIRST_AND_LAST = [f"stage{k}{part}" for k in (1, 2, 3) for part in ("_first", "")]
 STAGES = ["stage1", "stage2", "stage3"]
 EDGES = [["stage3", "stage3"], ["stage2", "stage3"], ["stage1", "stage3"]]
-TERMS = {
+TERMS: dict[str, dict[str, Any]] = {
     "KD": {"LOSS": "KD", "TAPS": ["logits"], "TEMPERATURE": 4.0},
     "FSP": {"LOSS": "FSP", "TAPS": FIRST_AND_LAST},
     "AT": {"LOSS": "AT", "WEIGHT": 1000.0, "TAPS": STAGES},

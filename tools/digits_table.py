@@ -154,14 +154,14 @@ def train(config: Path, output: Path, overrides: list[str]) -> None:
     command += ["--resume"] if started else []
     output.mkdir(parents=True, exist_ok=True)
     with (output / "screen.txt").open("a") as screen:
-        done = subprocess.run(
+        finished = subprocess.run(
             [*command, *overrides, "OUTPUT_DIR", str(output)],
             stdout=screen,
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             check=False,
         )
-    if done.returncode:
+    if finished.returncode:
         raise SystemExit(f"{config.name} failed; see {output / 'screen.txt'}")
 
 
