@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -68,6 +69,29 @@ def test_results_carry_no_graph(student, x):
 def test_gradients_are_on_again_after_the_teacher_ran(student, x):
     student.teacher(x)
     assert student.layer(x).requires_grad
+
+
+def test_an_observer_surrounds_every_forward_and_goes_even_after_a_failure(student, x):
+    seen = []
+
+    @contextmanager
+    def around():
+        seen.append("in")
+        yield
+        seen.append("out")
+
+    def observe():
+        with student.teacher.observed(around):
+            student.teacher(x)
+            with student.teacher.inference() as model:
+                seen.append("between")
+                assert not model(x).requires_grad
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        observe()
+    student.teacher(x)
+    assert seen == ["in", "out", "in", "between", "out"]
 
 
 def test_the_owner_does_not_list_the_teacher(student):
