@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 #: Groups of what a distiller reports besides its losses; see :class:`kd_det.Distiller`.
 GROUPS = ("raw", "weight", "share")
+# The student's own losses that do not begin with loss_: those of torchvision's dense detectors.
+_TASK_LOSSES = ("classification", "bbox_regression", "bbox_ctrness")
 
 
-def curve_tag(name: str, terms: Collection[str], task_losses: Collection[str] = ()) -> str:
+def curve_tag(name: str, terms: Collection[str]) -> str:
     """The tag of a logged scalar.
 
     Args:
         name: as it is logged: ``total_loss``, ``loss_cls``, a term, ``share/review``, ``lr``.
         terms: names of the run's terms.
-        task_losses: names of the student's own losses where they do not begin with ``loss_``, as
-            ``classification`` and ``bbox_regression`` of torchvision's dense detectors.
 
     Returns:
         ``loss/total``, ``loss/task/<name without loss_>``, ``loss/kd/<term>``; other names stay.
@@ -25,7 +25,7 @@ def curve_tag(name: str, terms: Collection[str], task_losses: Collection[str] = 
         return "loss/total"
     if name in terms:
         return f"loss/kd/{name}"
-    if name in task_losses or name.startswith("loss_"):
+    if name in _TASK_LOSSES or name.startswith("loss_"):
         return f"loss/task/{name.removeprefix('loss_')}"
     return name
 
@@ -36,12 +36,10 @@ class CurveTag:
 
     Attributes:
         terms: names of the run's terms.
-        task_losses: see :func:`curve_tag`.
     """
 
     terms: Collection[str] = ()
-    task_losses: Collection[str] = ()
 
     def __call__(self, name: str) -> str:
         """The tag of a logged scalar."""
-        return curve_tag(name, self.terms, self.task_losses)
+        return curve_tag(name, self.terms)

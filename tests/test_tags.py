@@ -7,7 +7,6 @@ import pytest
 from kd_det.tags import curve_tag
 
 TERMS = ("review", "roi_logits")
-DENSE = ("classification", "bbox_regression")
 
 
 @pytest.mark.parametrize(
@@ -26,12 +25,8 @@ DENSE = ("classification", "bbox_regression")
     ],
 )
 def test_a_loss_is_a_task_loss_a_term_or_the_total_and_all_else_keeps_its_name(name, tag):
-    assert curve_tag(name, TERMS, DENSE) == tag
+    assert curve_tag(name, TERMS) == tag
 
 
 def test_a_term_that_is_named_like_a_task_loss_is_a_term():
     assert curve_tag("loss_hint", ["loss_hint"]) == "loss/kd/loss_hint"
-
-
-def test_without_their_names_only_the_prefix_tells_task_losses():
-    assert curve_tag("classification", TERMS) == "classification"

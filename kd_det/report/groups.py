@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ TEACHER, BASELINE, DISTILLED = "teacher", "baseline", "run"
 # What seeds of one configuration differ in.
 _OWN_KEYS = ("SEED", "SEEDS", "OUTPUT_DIR")
 _SEED_FOLDER = re.compile(r"seed_\d+")
+_MOST_FOLDERS = 4  # of a path, in a label
 _SEED_ENDING = re.compile(r"[-_.]+(seed|s)?[-_.]*\d+$")
 
 
@@ -53,6 +55,11 @@ class Group:
         """A score of every counted seed that has it."""
         return [run.scores[name] for run in self.counted if name in run.scores]
 
+    @property
+    def data(self) -> set[tuple[str, ...]]:
+        """What its scores are of; see :attr:`kd_det.report.runs.Run.data`."""
+        return {run.data for run in self.runs if run.data}
+
     def config(self) -> dict[str, Any]:
         """The keys that all its seeds share."""
         return comparable(self.runs[0])
@@ -83,6 +90,11 @@ class Study:
     def everything(self) -> list[Group]:
         """Baseline, runs, teacher."""
         return self.students + ([self.teacher] if self.teacher else [])
+
+    def comparable(self, group: Group) -> bool:
+        """Whether a group was evaluated on the baseline's data, as far as anybody knows."""
+        known = self.baseline.data if self.baseline else set()
+        return not known or not group.data or known == group.data
 
     @property
     def runs(self) -> list[Run]:
@@ -116,16 +128,22 @@ def collect(runs: Sequence[str], baseline: Sequence[str], teacher: Sequence[str]
                 received=" ".join(named),
                 remedy="give the OUTPUT_DIR of a run that was started",
             )
-    taken: set[Path] = set()
-    found: dict[str, list[Group]] = {}
-    for role, paths in folders.items():
-        new = [path for path in paths if path.resolve() not in taken]
-        taken |= {path.resolve() for path in new}
-        found[role] = _grouped(role, new, study.problems)
+    # A pattern may catch them, too. A baseline may well be the teacher of its own student.
+    apart = {path.resolve() for role in (TEACHER, BASELINE) for path in folders[role]}
+    folders[DISTILLED] = [path for path in folders[DISTILLED] if path.resolve() not in apart]
+    found = {role: _grouped(role, paths, study.problems) for role, paths in folders.items()}
     study.teacher = _single(found[TEACHER], study.problems)
     study.baseline = _single(found[BASELINE], study.problems)
     study.groups = found[DISTILLED]
     _name(study.everything)
+    study.problems += [
+        Problem(
+            group.label,
+            "evaluated on other data than the baseline: nothing is computed from the difference",
+        )
+        for group in study.everything
+        if not study.comparable(group)
+    ]
     return study
 
 
@@ -139,7 +157,9 @@ def expand(named: Sequence[str], problems: list[Problem]) -> list[Path]:
         if not paths:
             problems.append(Problem(name, "no such folder"))
         for path in paths:
-            seeds = [p for p in path.iterdir() if p.is_dir() and _SEED_FOLDER.fullmatch(p.name)]
+            seeds = [
+                p for p in path.glob("seed_*") if _SEED_FOLDER.fullmatch(p.name) and p.is_dir()
+            ]
             found += sorted(seeds, key=lambda p: int(p.name.split("_")[1])) or [path]
     return list(dict.fromkeys(found))
 
@@ -150,8 +170,9 @@ def comparable(run: Run) -> dict[str, Any]:
     own = str(run.config.get("OUTPUT_DIR", run.last))
     if run.last != run.folder:
         own = str(Path(own).parent)
+    inside = re.compile(rf"{re.escape(own)}(?=/|$)")
     return {
-        key: value.replace(own, "<run>") if isinstance(value, str) else value
+        key: inside.sub("<run>", value) if isinstance(value, str) else value
         for key, value in run.config.items()
         if key not in _OWN_KEYS
     }
@@ -188,17 +209,30 @@ def _single(groups: list[Group], problems: list[Problem]) -> Group | None:
 
 
 def _name(groups: Sequence[Group]) -> None:
-    names = [_common_name(group) for group in groups]
-    for group, name in zip(groups, names, strict=True):
-        group.label = name
-        if names.count(name) > 1:
-            group.label = f"{group.runs[0].folder.parent.name}/{group.runs[0].folder.name}"
+    """Give every group a label of its own: names of folders, as many as tell them apart."""
+    for group in groups:
+        group.label = _common_name(group)
+    for depth in range(2, _MOST_FOLDERS + 1):
+        labels = Counter(group.label for group in groups)
+        for group in groups:
+            if labels[group.label] > 1:
+                group.label = "/".join(_named_folder(group).parts[-depth:])
+    labels = Counter(group.label for group in groups)
+    for number, group in enumerate(groups, 1):
+        if labels[group.label] > 1:
+            group.label = f"{group.label} ({number})"
+
+
+def _named_folder(group: Group) -> Path:
+    """The folder that somebody named: that of the first run, or of its ``SEEDS``."""
+    folder = group.runs[0].folder.resolve()
+    return folder.parent if _SEED_FOLDER.fullmatch(folder.name) else folder
 
 
 def _common_name(group: Group) -> str:
     folders = [run.folder.resolve() for run in group.runs]
     if all(_SEED_FOLDER.fullmatch(folder.name) for folder in folders):
-        return folders[0].parent.name
+        return _named_folder(group).name
     if len(folders) == 1:
         return folders[0].name
     stripped = {_SEED_ENDING.sub("", folder.name) for folder in folders}

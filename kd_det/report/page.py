@@ -41,7 +41,7 @@ def write_page(folder: Path, title: str, subtitle: str, sections: Sequence[Secti
         keep_trailing_newline=True,
         autoescape=lambda name: name is not None and ".html" in name,
     )
-    environment.filters |= {"data_uri": _data_uri, "cell": _markdown_cell}
+    environment.filters |= {"data_uri": _data_uri, "cell": _markdown_cell, "md": _markdown}
     values = {
         "title": title,
         "subtitle": subtitle,
@@ -71,4 +71,9 @@ def _data_uri(content: bytes, mime: str) -> str:
 
 
 def _markdown_cell(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+    return _markdown(text).replace("|", "\\|").replace("\n", " ")
+
+
+def _markdown(text: str) -> str:
+    """Text that must not be read as HTML: names of folders may hold anything."""
+    return text.replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")

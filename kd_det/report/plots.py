@@ -27,6 +27,7 @@ _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)))
 _POINTS = 200  # of a curve; more is noise and megabytes
 _COLUMNS = 4
 _WIDTH = 11.0  # inches of every figure, so that text has the same size in all
+_LEGEND_LETTERS = 125  # of one line of a legend
 # One slow iteration would hide all others.
 _LOGARITHMIC = ("time", "data_time")
 
@@ -136,7 +137,7 @@ def panels(
             lines,
             [group.label for group in drawn],
             loc="outside upper left",
-            ncols=min(len(drawn), 2 * _COLUMNS),
+            ncols=_legend_columns([group.label for group in drawn]),
             frameon=False,
             handlelength=1.6,
         )
@@ -170,6 +171,11 @@ def _curve(axes: Axes, seeds: Sequence[Panel], colour: str, dash: Any, smooth: b
         axes.plot(
             x, y, color=colour, linestyle=dash, marker="o" if few else "", markersize=3, **style
         )
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    """As many as fit side by side: a line before each, and columns as wide as the longest."""
+    return max(1, min(len(labels), _LEGEND_LETTERS // (max(map(len, labels)) + 6)))
 
 
 def _styles(groups: Sequence[Group]) -> dict[str, tuple[str, Any]]:

@@ -76,6 +76,27 @@ class Run:
         return [str(name) for name in named] if isinstance(named, (list, tuple)) else []
 
     @property
+    def data(self) -> tuple[str, ...]:
+        """What its scores are of: the first test set and its files; empty if nobody knows."""
+        if not self.test_sets:
+            return ()
+        name = self.test_sets[0]
+        files = self.config.get(f"DATASETS.COCO_JSON.{name}")
+        paths = files if isinstance(files, (list, tuple)) else []
+        return (name, *(str(Path(str(path)).resolve()) for path in paths))
+
+    @property
+    def predictions(self) -> Path | None:
+        """Saved detections of the first test set.
+
+        With several, Detectron2 alone leaves those of the last one in ``inference``; kd_det gives
+        every set a folder of its name.
+        """
+        if len(self.test_sets) > 1:
+            return self.file(PREDICTIONS.parent / self.test_sets[0] / PREDICTIONS.name)
+        return self.file(PREDICTIONS)
+
+    @property
     def planned(self) -> int:
         """Iterations of the whole run; 0 where its config counts epochs."""
         planned = self.config.get("SOLVER.MAX_ITER")
@@ -86,7 +107,9 @@ class Run:
         """Whether it was trained to its end, or only evaluated."""
         if "total_loss" not in self.curves:
             return bool(self.scores)
-        stopped = self.record.get("status") in (RUNNING, FAILED) and self.iterations < self.planned
+        # The weights are there before the last evaluation is; results.json comes after it.
+        whole = self.iterations >= self.planned and (not self.test_sets or self.file(RESULTS))
+        stopped = self.record.get("status") in (RUNNING, FAILED) and not whole
         return not stopped and (self.folder / FINAL).is_file()
 
     @property
@@ -148,7 +171,10 @@ def read_run(folder: Path) -> Run:
         if run.record != record or not record:
             run.problems.append(f"{FILE} cannot be read, or not all of it")
     if path := run.file(_METRICS):
-        run.curves, problems = read_metrics(path)
+        curves, problems = read_metrics(path)
+        # Of several test sets the names begin with that of the set; the first counts.
+        first = f"{run.test_sets[0]}/" if len(run.test_sets) > 1 else ""
+        run.curves = {name.removeprefix(first): points for name, points in curves.items()}
         run.problems += problems
     else:
         run.problems.append(f"no {_METRICS}: no curves and no times")

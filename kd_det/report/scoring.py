@@ -28,7 +28,7 @@ def score(run: Run, truths: Truths) -> None:
         run: changed in place.
         truths: the data sets read so far; added to.
     """
-    detections, answers = run.file(PREDICTIONS), run.file(CLASSIFIED)
+    detections, answers = run.predictions, run.file(CLASSIFIED)
     try:
         if detections is not None:
             truth = truth_of(run, truths)
@@ -50,7 +50,7 @@ def truth_of(run: Run, truths: Truths) -> Truth:
         KDError: see :func:`kd_det.report.truth.find_truth`.
     """
     name = run.test_sets[0] if run.test_sets else ""
-    key = f"{name} {run.config.get(f'DATASETS.COCO_JSON.{name}')}"
+    key = " ".join(run.data)
     if key not in truths:
         try:
             truths[key] = find_truth(name, run.config)

@@ -46,8 +46,8 @@ def examples(study: Study, best: Headline | None, truths: Truths, build: bool) -
             )
         ]
     runs = {"baseline": pair.baseline, pair.label: pair.run}
-    if study.teacher and (taught := _with_predictions(study.teacher, source)):
-        runs["teacher"] = taught[0]
+    if study.teacher and study.comparable(study.teacher):
+        runs |= zip(["teacher"], _with_predictions(study.teacher, source), strict=False)
     told = Text(f"{pair.run.folder} beside {pair.baseline.folder}.")
     if kind == "accuracy":
         return [told, *_of_classifiers(study, pair.run, runs, build)]
@@ -58,7 +58,8 @@ def _choose(study: Study, best: Headline | None, source: Path) -> _Pair | None:
     if study.baseline is None:
         return None
     alone = _with_predictions(study.baseline, source)
-    ordered = sorted(study.groups, key=lambda group: best is None or group is not best.group)
+    usable = [group for group in study.groups if study.comparable(group)]
+    ordered = sorted(usable, key=lambda group: best is None or group is not best.group)
     for group in ordered:
         for run in _with_predictions(group, source):
             # The same seed had the same start and the same order of images.
@@ -78,7 +79,7 @@ def _of_detectors(study: Study, truth: Truth, label: str, runs: Mapping[str, Run
     found = {
         name: match_all(objects, read_predictions(path, truth))
         for name, run in runs.items()
-        if (path := run.file(PREDICTIONS))
+        if (path := run.predictions)
     }
     counts = tally(found[label], found["baseline"])
     rows = [

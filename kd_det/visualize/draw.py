@@ -49,10 +49,9 @@ def _of_term(subject: Subject, recording: Recording, term: Term) -> Named:
     yield from _opinions(subject, recording, term, loss)
     if isinstance(loss, ATLoss):
         for label, s, t in recording.pairs(term):
-            yield (
-                f"attention_{_as_name(label)}",
-                attention_grid(recording.pictures, s, t, label, loss.p),
-            )
+            if _is_map(label, s):
+                name = f"attention_{_as_name(label)}"
+                yield name, attention_grid(recording.pictures, s, t, label, loss.p)
     if isinstance(loss, FGFILoss):
         yield from _masks(recording, term, loss)
     if isinstance(loss, (IRGLoss, MTKLoss)):

@@ -74,8 +74,8 @@ def _read(path: Path) -> Tensor:
     try:
         with Image.open(path) as file:
             return pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
-    # Broken files of some formats make Pillow raise these two besides its own kind of OSError.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    # Broken files make Pillow raise anything: TypeError and struct.error of a damaged EXIF, too.
+    except Exception as error:
         fail(
             expected="image files that Pillow can decode",
             received=f"'{path}' ({' '.join(str(error).split())})",

@@ -17,7 +17,15 @@ from pycocotools.cocoeval import COCOeval
 from kd_det.report.cli import main
 from kd_det.report.groups import collect
 from kd_det.report.summary import facts, headline, sentences
-from tests.report.made_up import config, html_tables, metric_lines, report, rows, write_run
+from tests.report.made_up import (
+    config,
+    html_tables,
+    metric_lines,
+    report,
+    rows,
+    write_run,
+    write_truth,
+)
 
 
 @functools.cache
@@ -177,6 +185,18 @@ def test_the_markdown_has_the_tables_of_the_page(study):
     shown = [t for t in content(markdown_tables(text)) if t[0] != "ground truth"]
     shown = [t for t in shown if not t[0].startswith("ground truth")]
     assert shown == content(page)
+
+
+def test_names_are_text_in_the_markdown_too(tmp_path, undrawn):
+    truth = write_truth(tmp_path / "data")
+    keys = {"KD__ENABLED": True, "KD__WEIGHTS": "<script>a & b|c"}
+    for name, extra in (("baseline", {}), ("kd", keys)):
+        folder = tmp_path / name
+        write_run(folder, config(truth, **extra), results={"bbox": {"AP": 1.0}}, lines=[])
+    report(tmp_path, ["kd"], ["baseline"], [])
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "&lt;script>a &amp; b\\|c" in text
+    assert "<script" not in text
 
 
 def test_every_picture_of_the_markdown_lies_beside_it(study):

@@ -11,6 +11,7 @@ import yaml
 from kd_det.checks import KDError
 from kd_det.report.groups import collect
 from kd_det.report.runs import percentages, read_run
+from kd_det.report.tables import gain_of, recovered_by
 from tests.report.made_up import config, metric_lines, write_run
 
 TRUTH = Path("/nowhere/truth.json")
@@ -113,6 +114,46 @@ def test_configurations_of_one_name_are_told_apart(tmp_path, baseline):
     assert list(labels(collect(names, [baseline]))) == ["a/kd", "b/kd"]
 
 
+def test_folders_of_seeds_of_one_name_are_told_apart(tmp_path, baseline):
+    for rate in ("0.01", "0.02"):
+        for seed in (1, 2):
+            run(tmp_path / rate / "kd" / f"seed_{seed}", seed, KD__X=rate)
+    study = collect([str(tmp_path / rate / "kd") for rate in ("0.01", "0.02")], [baseline])
+    assert list(labels(study)) == ["0.01/kd", "0.02/kd"]
+
+
+def test_a_path_that_only_begins_like_the_runs_own_folder_is_another(tmp_path, baseline):
+    names = []
+    for folder in ("frcnn", "frcnn_seed2", "frcnn_seed3"):
+        keys = {
+            "KD__TEACHER__WEIGHTS": str(tmp_path / "frcnn_teacher" / "model_final.pth"),
+            "KD__WEIGHTS": str(tmp_path / folder / "pre.pth"),
+        }
+        names.append(str(run(tmp_path / folder, len(names), **keys)))
+    (group,) = collect(names, [baseline]).groups
+    assert len(group.runs) == 3
+
+
+def test_a_baseline_may_be_the_teacher_and_is_still_whole(tmp_path):
+    names = [str(run(tmp_path / f"base_{seed}", seed)) for seed in (1, 2)]
+    runs = [str(run(tmp_path / "kd", KD__X=1)), *names]
+    study = collect(runs, names, names[:1])
+    assert [len(study.baseline.runs), len(study.teacher.runs), len(study.groups)] == [2, 1, 1]
+    assert study.problems == []
+
+
+def test_runs_on_other_data_are_not_compared(tmp_path, baseline):
+    teacher = str(run(tmp_path / "t", DATASETS__COCO_JSON={"made_up": ["/other.json", "/images"]}))
+    other = str(run(tmp_path / "o", KD__X=1, DATASETS__TEST=["another"]))
+    study = collect([str(run(tmp_path / "kd", KD__X=2)), other], [baseline], [teacher])
+    by_name = {group.label: group for group in study.everything}
+    assert recovered_by(study, by_name["kd"], "bbox/AP") is None
+    assert gain_of(study, by_name["kd"], "bbox/AP") is not None
+    assert gain_of(study, by_name["o"], "bbox/AP") is None
+    told = {problem.where for problem in study.problems if "other data" in problem.what}
+    assert told == {"t", "o"}
+
+
 def test_a_folder_without_traces_is_no_run(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(KDError, match=r"no run: it holds none of config\.yaml, run\.json"):
@@ -151,7 +192,10 @@ def test_what_is_broken_is_named_and_the_rest_is_read(tmp_path, damage, told):
         (b"", None, 60, True, "finished"),
         (None, None, 40, False, "not finished, 40 of 60 iterations"),
         (b"", {"status": "running"}, 40, False, "not finished, 40 of 60 iterations"),
-        (b"", {"status": "running"}, 60, True, "finished"),
+        # The weights are written before the last evaluation.
+        (b"", {"status": "running"}, 60, False, "not finished, 60 of 60 iterations"),
+        (b"", {"status": "failed", "error": "x"}, 60, False, "failed, 60 of 60 iterations (x)"),
+        (b"", {"status": "done"}, 60, True, "finished"),
         (
             None,
             {"status": "failed", "error": "FloatingPointError: nan"},
@@ -188,6 +232,14 @@ def test_unfinished_seeds_do_not_count_beside_finished_ones(tmp_path, baseline):
     (group,) = collect([str(tmp_path / "kd_*")], [baseline]).groups
     assert len(group.runs) == 2
     assert group.values("bbox/AP") == [33.0]
+
+
+def test_of_several_test_sets_the_first_counts_in_the_metrics_too(tmp_path):
+    names = ("b/bbox/AP", "a/bbox/AP", "a/bbox/AP-cat")
+    lines = [*metric_lines(), {"iteration": 59, **{n: float(i) for i, n in enumerate(names)}}]
+    content = config(TRUTH, DATASETS__TEST=["a", "b"])
+    found = read_run(write_run(tmp_path / "kd", content, lines=lines))
+    assert found.scores == {"bbox/AP": 1.0, "bbox/AP-cat": 2.0}
 
 
 def test_of_several_test_sets_the_first_counts():

@@ -67,6 +67,13 @@ def test_every_term_of_a_detector_has_its_pictures():
     assert set(draw(subject, recording)) == maps | attention | others
 
 
+def test_attention_of_rois_is_not_laid_over_images():
+    terms = {"look": {"LOSS": "AT", "MODE": "paper", "TAPS": ["p2", "box_pooled"]}}
+    subject, recording, losses = record(distilled("FasterRCNN", terms=terms))
+    assert "look" in losses
+    assert set(draw(subject, recording)) == {"features_p2", "attention_p2"}
+
+
 def test_dense_detectors_have_no_rois():
     subject, recording, _ = record(distilled("RetinaNet"))
     figures = draw(subject, recording)

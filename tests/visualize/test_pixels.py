@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 import torch
 from PIL import Image
@@ -48,7 +50,7 @@ def test_files_become_rgb_bytes(tmp_path):
     assert alpha.shape == (3, 2, 3)
 
 
-@pytest.mark.parametrize("kind", ["missing", "text", "truncated", "folder"])
+@pytest.mark.parametrize("kind", ["missing", "text", "truncated", "folder", "exif"])
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path, refuses, kind):
     path = tmp_path / "picture.png"
     if kind == "text":
@@ -58,5 +60,10 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, refuses, kind):
     if kind == "truncated":
         Image.effect_noise((64, 64), 50).save(path)
         path.write_bytes(path.read_bytes()[:500])
+    if kind == "exif":  # an image to turn, whose resolution is a text
+        entries = [(0x0112, 3, 1, struct.pack("<HH", 6, 0)), (0x011A, 2, 1, b"?")]
+        packed = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+        broken = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + packed + bytes(4)
+        Image.new("RGB", (4, 4)).save(path, "JPEG", exif=broken)
     with refuses("decode", str(path)):
         read_pictures([path])

@@ -108,6 +108,9 @@ class Trainer(DefaultTrainer):
     ) -> DatasetEvaluator:
         """The COCO evaluator for any COCO-format data set.
 
+        Predictions go to ``inference``; of several test sets to ``inference/<name>``, where the
+        next one does not overwrite them.
+
         Raises:
             KDError: the data set is evaluated by other rules.
         """
@@ -118,7 +121,8 @@ class Trainer(DefaultTrainer):
                 received=f"evaluator type {kind!r}",
                 remedy="register it through DATASETS.COCO_JSON",
             )
-        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        several = [dataset_name] if len(cfg.DATASETS.TEST) > 1 else []
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", *several)
         return COCOEvaluator(dataset_name, output_dir=folder)
 
 

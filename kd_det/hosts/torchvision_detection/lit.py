@@ -22,7 +22,6 @@ from kd_det.loop.module import DistillationModule
 from kd_det.loop.optim import build_sgd, learning_rate_factor
 from kd_det.losses.base import full_precision
 
-TASK_LOSSES = ("classification", "bbox_regression", "bbox_ctrness")
 """torchvision's names of losses that do not begin with ``loss_``: those of dense detectors."""
 
 

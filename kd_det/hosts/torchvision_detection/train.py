@@ -24,7 +24,7 @@ from kd_det.hosts.torchvision_detection.data import (
     train_loader,
 )
 from kd_det.hosts.torchvision_detection.kcd import build_condensation, planned_config
-from kd_det.hosts.torchvision_detection.lit import TASK_LOSSES, LitDetector
+from kd_det.hosts.torchvision_detection.lit import LitDetector
 from kd_det.hosts.torchvision_detection.model import DistilledDetector
 from kd_det.hosts.torchvision_detection.models import build_model
 from kd_det.hosts.torchvision_detection.teacher import build_teacher
@@ -81,7 +81,7 @@ def run(
         condensation = build_condensation(cfg, len(dataset)) if dataset is not None else None
         planned = cfg if condensation is None else planned_config(cfg, condensation)
         lit = LitDetector(model, planned, this.seed, dataset, condensation)
-        tag = CurveTag([*cfg.KD.TERMS], TASK_LOSSES)
+        tag = CurveTag([*cfg.KD.TERMS])
         bar = ReportProgress(progress) if progress else RunProgressBar(tag)
         trainer = _trainer(this, planned, tag, [bar, *callbacks])
         pre_stage = partial(_pre_stage, this, lit, tag, progress)

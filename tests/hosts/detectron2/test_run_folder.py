@@ -16,6 +16,7 @@ import torch
 
 pytest.importorskip("detectron2")
 
+from detectron2.data import DatasetCatalog
 from detectron2.engine.hooks import HookBase
 from detectron2.utils.events import EventStorage
 from rich.console import Console
@@ -294,6 +295,18 @@ class TestBar:
         monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
         with progress_bar(wanted) as bar:
             assert (bar is not None) == (terminal and wanted)
+
+
+def test_every_test_set_keeps_its_predictions(make_cfg, tmp_path):
+    """Detectron2 would write all of them into one file."""
+    names = [f"{tmp_path.name}_digits_{split}" for split in ("train", "val")]
+    train(make_cfg("out", "DATASETS.TEST", names, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0))
+    for name in names:
+        path = tmp_path / "out" / "inference" / name / "coco_instances_results.json"
+        images = {record["image_id"] for record in DatasetCatalog.get(name)}
+        assert len(images) == (4 if name.endswith("train") else 2)
+        found = {each["image_id"] for each in json.loads(path.read_text())}
+        assert found == images
 
 
 @pytest.mark.usefixtures("own_loggers")
