@@ -79,7 +79,9 @@ def _preflighted(host: Host) -> Host:
     """The host's entry point; in front of a new run, a preflight on the first process."""
 
     def entry(args: argparse.Namespace) -> Any:
-        first = int(os.environ.get("RANK", 0)) == 0 and args.machine_rank == 0
+        # torchrun gives RANK; the processes that Lightning starts have only the other two.
+        ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK"))
+        first = args.machine_rank == 0 and not any(int(rank) for rank in ranks)
         if first and not (args.eval_only or args.resume):
             cfg = load_config(args.config_file, args.opts)
             check_output_dir(cfg.OUTPUT_DIR, resume=False)

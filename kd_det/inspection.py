@@ -115,6 +115,19 @@ def open_pre_stage(distiller: Distiller, teacher: FrozenTeacher | None, given: s
     return list(losses)
 
 
+def fitting_names(names: Sequence[str] | None, count: int) -> list[str] | None:
+    """Names of a head's classes; None where nobody knows them.
+
+    Names that are not as many as the classes belong to something else, as in
+    :func:`kd_det.class_names.side_classes`, which refuses some where logits are compared.
+
+    Args:
+        names: of a side's training data, or given for it.
+        count: classes of its head, without a background.
+    """
+    return list(names) if names is not None and len(names) == count else None
+
+
 def translation(
     student: Sequence[str] | None, teacher: Sequence[str] | None, renamed: Mapping[Any, Any]
 ) -> list[int] | None:
@@ -129,14 +142,13 @@ def translation(
         renamed: ``KD.CLASS_MAP``, student's name to teacher's.
 
     Returns:
-        None where names are unknown or have nothing in common: indices are taken as they are.
+        None where names are unknown: indices are taken as they are.
     """
     if student is None or teacher is None:
         return None
     other = {str(own): str(name) for own, name in renamed.items()}
     places = {other.get(name, name): place for place, name in enumerate(student)}
-    found = [places.get(name, -1) for name in teacher]
-    return found if max(found, default=-1) >= 0 else None
+    return [places.get(name, -1) for name in teacher]
 
 
 def translated(classes: Tensor, table: Sequence[int] | None, count: int) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,9 +19,10 @@ from kd_det.checks import check_known, fail
 
 TASK = "task"
 
-# Under autocast to float16 small gradients vanish, which is why such training scales its loss. A
-# power of two changes nothing else.
-_SCALE = 2.0**10
+# Under autocast to float16 the gradients of activations vanish below 6e-8 and overflow above 65504,
+# which is why such training scales its loss. Each loss is differentiated at the first of these
+# scales that leaves its gradient finite; powers of two change nothing else.
+_SCALES = (2.0**10, 1.0, 2.0**-10)
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,10 @@ def gradient_norms(
 ) -> GradientReport:
     """Norms of the losses' gradients, and cosines with that of the task.
 
-    It costs one backward pass per loss and leaves everything as it was: the graph stays for the
-    step's own backward pass, nothing is written to ``.grad``, and the hooks of DDP do not fire.
-    With several processes every process must call it; norms and cosines are then means over
-    them, so that all see the same numbers.
+    It costs one backward pass per loss, up to three where a gradient overflows in half precision,
+    and leaves everything as it was: the graph stays for the step's own backward pass, nothing is
+    written to ``.grad``, and the hooks of DDP do not fire. With several processes every process
+    must call it; norms and cosines are then means over them, so that all see the same numbers.
 
     Args:
         losses: scalars by name. ``"task"`` is the sum of the task's losses, the others are terms.
@@ -63,20 +65,18 @@ def gradient_norms(
             received="none that is trained",
             remedy="train a part of the backbone, or set KD.BALANCE.NAME none",
         )
-    task = _gradient(losses[TASK], parameters)
-    task_norm = _dot(task, task, parameters).sqrt()
-    norms, cosines = [task_norm], []
+    task = _finite_gradient(losses[TASK], parameters)
+    norms, cosines = [task.norm / task.scale], []
     terms = [name for name in losses if name != TASK]
     for name in terms:
-        gradient = _gradient(losses[name], parameters)
-        norm = _dot(gradient, gradient, parameters).sqrt()
-        norms.append(norm)
-        product = norm * task_norm
-        cosine = _dot(gradient, task, parameters) / product
+        gradient = _finite_gradient(losses[name], parameters)
+        norms.append(gradient.norm / gradient.scale)
+        product = gradient.norm * task.norm
+        cosine = _dot(gradient.parts, task.parts, parameters) / product
         cosines.append(torch.where(product == 0, torch.zeros_like(product), cosine))
     values = mean_over_processes(torch.stack([*norms, *cosines])).unbind()
     return GradientReport(
-        {name: norm / _SCALE for name, norm in zip([TASK, *terms], values, strict=False)},
+        dict(zip([TASK, *terms], values, strict=False)),
         dict(zip(terms, values[len(norms) :], strict=True)),
     )
 
@@ -104,18 +104,54 @@ def _weighted(norm: Tensor, weight: float | Tensor) -> Tensor:
 
 def mean_over_processes(values: Tensor) -> Tensor:
     """``values``, averaged over all processes; unchanged where there is one."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not _several_processes():
         return values
     values = values.clone()
     dist.all_reduce(values)
     return values / dist.get_world_size()
 
 
-def _gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor | None, ...]:
+class _Gradient(NamedTuple):
+    """A gradient per parameter, all of them larger by ``scale``; ``norm`` is that of the parts."""
+
+    parts: tuple[Tensor | None, ...]
+    norm: Tensor
+    scale: float
+
+
+def _finite_gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> _Gradient:
+    """The gradient at the largest scale at which it is finite in every process, or at the last."""
+    for scale in _SCALES:
+        parts = _gradient(loss, parameters, scale)
+        found = _Gradient(parts, _dot(parts, parts, parameters).sqrt(), scale)
+        # Together, as a backward pass may itself wait for the other processes (SyncBatchNorm).
+        finite, possible = _in_every_process(
+            torch.isfinite(found.norm), torch.isfinite(loss.detach()).to(found.norm.device)
+        )
+        if finite or not possible:
+            break
+    return found
+
+
+def _gradient(
+    loss: Tensor, parameters: Sequence[nn.Parameter], scale: float
+) -> tuple[Tensor | None, ...]:
     if not loss.requires_grad:
         return (None,) * len(parameters)
-    scale = torch.full_like(loss, _SCALE)
-    return torch.autograd.grad(loss, parameters, scale, retain_graph=True, allow_unused=True)
+    start = torch.full_like(loss, scale)
+    return torch.autograd.grad(loss, parameters, start, retain_graph=True, allow_unused=True)
+
+
+def _in_every_process(*flags: Tensor) -> list[bool]:
+    """Of each flag whether it is set in all processes."""
+    values = torch.stack(flags).int()
+    if _several_processes():
+        dist.all_reduce(values, dist.ReduceOp.MIN)
+    return [bool(value) for value in values.tolist()]
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _dot(

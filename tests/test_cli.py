@@ -181,3 +181,40 @@ def test_preflight_goes_before_a_new_run_only_and_stops_what_it_refuses(
     assert main(["--config-file", config, "SOLVER.MAX_ITER", "7"]) == 2
     assert (len(calls), len(looked_at)) == (4, 2)
     assert "expected a sound run" in one_error(capsys)
+
+
+@pytest.fixture
+def looked_at(monkeypatch):
+    """The configs that reach preflight, which finds nothing wrong."""
+    configs = []
+    module = ModuleType("kd_det.preflight")
+    module.require = configs.append
+    monkeypatch.setitem(sys.modules, "kd_det.preflight", module)
+    return configs
+
+
+@pytest.mark.parametrize("rank", ["RANK", "LOCAL_RANK", "NODE_RANK"])
+def test_of_several_processes_the_first_alone_looks(
+    write, host, looked_at, tmp_path, monkeypatch, rank
+):
+    """Those that torchrun starts have all three; Lightning's own have the last two."""
+    calls = host()
+    text = f"HOST: torchvision_detection\nPREFLIGHT: True\nOUTPUT_DIR: {tmp_path / 'run'}"
+    for number, looks in (("1", 0), ("0", 1)):
+        monkeypatch.setenv(rank, number)
+        assert main(["--config-file", write(text)]) == 0
+        assert len(looked_at) == looks
+    assert main(["--config-file", write(text), "--machine-rank", "1"]) == 0
+    assert (len(looked_at), len(calls)) == (1, 3)
+
+
+def test_every_stage_is_looked_at_as_it_will_be_trained(write, host, looked_at, tmp_path):
+    host()
+    stages = "STAGES: [{NAME: hint, TASK: False}, {NAME: plain, TERMS: []}]"
+    text = f"HOST: torchvision_detection\nPREFLIGHT: True\nOUTPUT_DIR: {tmp_path}\n{stages}"
+    assert main(["--config-file", write(text)]) == 0
+    found = [
+        (Path(cfg.OUTPUT_DIR).name, cfg.KD.TASK_WEIGHT, cfg.MODEL.WEIGHTS) for cfg in looked_at
+    ]
+    start = str(tmp_path / "stage_1_hint" / "model_final.pth")
+    assert found == [("stage_1_hint", 0, ""), ("stage_2_plain", 1, start)]

@@ -14,6 +14,7 @@ from kd_det.distiller import tap_specs
 from kd_det.inspection import (
     evaluating,
     export_problems,
+    fitting_names,
     load_learned,
     repeatable,
     training_losses,
@@ -117,14 +118,23 @@ def test_the_teachers_classes_find_the_students_by_name():
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher"), [(None, ["a"]), (["a"], None), (["a", "b"], ["x", "y", "z"])]
+    ("student", "teacher"), [(None, ["a", "b", "c"]), (["a", "b"], None), (None, None)]
 )
-def test_classes_without_common_names_stay_as_they_are_as_far_as_the_student_has_them(
-    student, teacher
-):
+def test_classes_without_names_stay_as_they_are_as_far_as_the_student_has_them(student, teacher):
     table = translation(student, teacher, {})
     assert table is None
     assert translated(torch.tensor([0, 1, 2]), table, 2).tolist() == [0, 1, -1]
+
+
+def test_names_that_have_nothing_in_common_are_known_to_differ():
+    table = translation(["a", "b"], ["x", "y", "z"], {})
+    assert table == [-1, -1, -1]
+    assert translated(torch.tensor([0, 1, 2]), table, 2).tolist() == [-1, -1, -1]
+
+
+def test_names_that_are_not_as_many_as_the_classes_are_none_of_theirs():
+    assert fitting_names(("a", "b"), 2) == ["a", "b"]
+    assert fitting_names(["a", "b"], 3) is fitting_names(None, 0) is None
 
 
 def run_export(net, reload):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.multiprocessing import spawn
 
 from kd_det.losses.base import zero_in_graph
 from kd_det.shares import GradientReport, gradient_norms, shares
@@ -116,6 +118,42 @@ def test_gradients_below_the_range_of_float16_are_seen():
     assert not unscaled.any()
     norm = gradient_norms({"task": loss}, [parameter]).norms["task"]
     assert float(norm) == pytest.approx(3**0.5 * 1e-8, rel=1e-2)
+
+
+def test_gradients_above_the_range_of_float16_are_seen_beside_small_ones():
+    parameter = nn.Parameter(torch.ones(3))
+    x = parameter.half().float()
+    # Times 2 ** 10 the first would overflow; without a scale the second would vanish.
+    report = gradient_norms({"task": (x * 1e3).sum(), "small": -(x * 1e-8).sum()}, [parameter])
+    assert float(report.norms["task"]) == pytest.approx(3**0.5 * 1e3, rel=1e-2)
+    assert float(report.norms["small"]) == pytest.approx(3**0.5 * 1e-8, rel=1e-2)
+    assert float(report.cosines["small"]) == pytest.approx(-1, rel=1e-2)
+
+
+def test_a_gradient_that_no_scale_makes_finite_is_reported_as_it_is():
+    parameter = nn.Parameter(torch.zeros(3))
+    losses = {"task": parameter.sum(), "steep": parameter.sqrt().sum(), "nan": parameter.sum() / 0}
+    report = gradient_norms(losses, [parameter])
+    assert [bool(torch.isfinite(norm)) for norm in report.norms.values()] == [True, False, False]
+
+
+def process(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    parameter, passes = nn.Parameter(torch.ones(1)), []
+    x = parameter.half().float()
+    x.register_hook(passes.append)
+    size = 1e3 if rank else 1.0  # only one of the two overflows
+    report = gradient_norms({"task": x.sum(), "soft": (x * size).sum()}, [parameter])
+    torch.save((report.norms["soft"], len(passes)), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_all_processes_repeat_a_backward_pass_that_overflows_in_one(tmp_path):
+    """Otherwise a backward pass that waits for the others (SyncBatchNorm) would wait for ever."""
+    spawn(process, (tmp_path,), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    assert [(float(norm), passes) for norm, passes in found] == [((1e3 + 1) / 2, 3)] * 2
 
 
 def test_what_cannot_be_compared_is_refused(network, refuses):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,8 +11,12 @@ from torch import Tensor, nn
 
 from kd_det.checks import fail
 from kd_det.losses.base import full_precision
-from kd_det.shares import TASK, gradient_norms, shares
+from kd_det.shares import TASK, GradientReport, gradient_norms, shares
 from kd_det.terms import Term
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE = 10  # measurements after which a term that none of them could measure is reported
 
 
 class Balance(nn.Module):
@@ -73,6 +79,8 @@ class MeasuredBalance(Balance):
         super().__init__(terms)
         self.period = period
         self.place = {term.name: i for i, term in enumerate(terms)}
+        self._measurements = 0
+        self._unmeasured = {name for name, weight in self.configured.items() if weight}
         for term in terms:
             if term.name == TASK:
                 fail(
@@ -111,7 +119,8 @@ class MeasuredBalance(Balance):
                 remedy="pass task and shared to Distiller.forward, or set KD.BALANCE.NAME none",
             )
         losses = {TASK: _total(task, next(iter(raw.values()))), **raw}
-        report = gradient_norms(losses, shared)
+        report = self._measure(losses, shared)
+        self._report_unmeasured(report.norms)
         with torch.no_grad():
             values = torch.stack([loss.detach().double() for loss in losses.values()])
             self.update(torch.stack(list(report.norms.values())), values, factors)
@@ -128,6 +137,45 @@ class MeasuredBalance(Balance):
             losses: their values, likewise.
             factors: what each term's schedule says in this step.
         """
+
+    def _measure(
+        self, losses: Mapping[str, Tensor], shared: Sequence[nn.Parameter]
+    ) -> GradientReport:
+        """Norms of unweighted losses, taken of weighted ones: the run's precision suits these.
+
+        A raw loss may be thousands of times what is trained, and its gradient overflow in half
+        precision, or as much smaller, and vanish.
+        """
+        scales: dict[str, float | Tensor] = {TASK: 1.0}
+        scales |= {name: self._scale(name) for name in losses if name != TASK}
+        report = gradient_norms({n: loss * scales[n] for n, loss in losses.items()}, shared)
+        norms = {name: (norm / scales[name]).abs() for name, norm in report.norms.items()}
+        return GradientReport(norms, report.cosines)
+
+    def _scale(self, name: str) -> float | Tensor:
+        """The weight of a term at full schedule; 1 where that is 0, which nothing divides by."""
+        weight = self.weight(name, 1.0)
+        if isinstance(weight, Tensor):
+            weight = weight.detach()
+            return torch.where(weight == 0, torch.ones_like(weight), weight)
+        return weight or 1.0
+
+    def _report_unmeasured(self, norms: Mapping[str, Tensor]) -> None:
+        """Warn once of terms whose gradient could not be measured in any of the first steps."""
+        self._measurements += 1
+        if not self._unmeasured or self._measurements > _PATIENCE:
+            return
+        found = zip(norms, torch.stack(list(norms.values())).tolist(), strict=True)
+        self._unmeasured -= {name for name, norm in found if math.isfinite(norm) and norm > 0}
+        if self._measurements == _PATIENCE:
+            for name in sorted(self._unmeasured):
+                logger.warning(
+                    "KD.BALANCE could not measure term '%s' in any of its first %d measurements: "
+                    "its gradient on the shared parameters is zero or not finite. As long as that "
+                    "holds, no balance of gradients moves its weight",
+                    name,
+                    _PATIENCE,
+                )
 
 
 def check_signs(weights: Mapping[str, float], scheme: str) -> None:

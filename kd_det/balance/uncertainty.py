@@ -20,6 +20,9 @@ class Uncertainty(MeasuredBalance):
     paper has for regression is left to ``WEIGHT``. The log variances belong to the optimiser of
     the student, weight decay included. The logged loss of a term contains ``s``.
 
+    Where a loss is exactly zero, as without positives, ``s`` gets no gradient: nothing but the
+    penalty would act on it, and the weight of such a term would grow without bound.
+
     Args:
         terms: the terms of the run.
         period: steps between two measurements of the shares, which are logged only.
@@ -42,4 +45,5 @@ class Uncertainty(MeasuredBalance):
         """The weighted loss with the penalty of its log variance."""
         log_variance = self.log_variances[self.place[name]]
         precision = torch.exp(-log_variance) * self.configured[name]
-        return (raw * precision + log_variance) * factor
+        penalty = torch.where(raw.detach() != 0, log_variance, log_variance.detach())
+        return (raw * precision + penalty) * factor

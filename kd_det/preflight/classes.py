@@ -30,7 +30,7 @@ def inspect_classes(section: Section, context: Context) -> None:
         section.note("nothing is known about how the classes of both sides correspond")
         return
     own = students or [f"class {k}" for k in range(len(indices))]
-    others = teachers or [f"class {k}" for k in range(max(indices) + 1)]
+    others = teachers or [f"class {k}" for k in range(context.num_classes("teacher"))]
     counts = confusion(context.answers, _SURE) if context.answers else None
     section.table(
         "The teacher's class of each of the student's classes, and what it answers to objects of "
@@ -46,7 +46,7 @@ def inspect_classes(section: Section, context: Context) -> None:
     )
     section.data["teacher_index"] = dict(zip(own, indices, strict=True))
     _judge_names(section, own, others, indices, teachers is not None and students is not None)
-    if counts is not None:
+    if counts is not None and context.shares_classes:
         _judge_answers(section, counts, indices, own, others)
 
 
@@ -55,8 +55,9 @@ def _judge_names(
 ) -> None:
     if not known:
         section.warn(
-            "the names of one side's classes are not known: class k of the teacher is taken for "
-            "class k of the student. KD.TEACHER.CLASS_NAMES can name them"
+            "the names of one side's classes are not known, or not as many as its outputs: class k "
+            "of the teacher is taken for class k of the student. KD.TEACHER.CLASS_NAMES can name "
+            "the teacher's"
         )
     missing = [name for name, index in zip(own, indices, strict=True) if index < 0]
     if missing:
@@ -66,8 +67,10 @@ def _judge_names(
         )
     elif not known:
         return
-    elif indices == list(range(len(others))):
+    elif list(own) == list(others):
         section.ok(f"{len(own)} classes, the same names in the same order")
+    elif indices == list(range(len(others))):
+        section.ok(f"{len(own)} classes in the same order, renamed by KD.CLASS_MAP")
     elif len(own) == len(others):
         section.ok(f"{len(own)} classes, the same names in another order: mapped by name")
     else:

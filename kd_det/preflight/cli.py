@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from fvcore.common.config import CfgNode
 from rich.console import Console
 
@@ -19,10 +21,12 @@ from kd_det.preflight.findings import Preflight, Section
 from kd_det.preflight.page import HTML, PICTURE, prepare_folder, write_report
 from kd_det.preflight.render import show_section, show_verdict
 from kd_det.preflight.run import run_preflight
+from kd_det.stages import Plan, read_plan
 
 _DESCRIPTION = """\
 Look at a run before it starts: teacher, classes, taps, terms, cost and export. Trains nothing and
-writes nothing but its report. Overrides of config keys come last."""
+writes nothing but its report. Of a config with STAGES it looks at the first. Overrides of config
+keys come last."""
 _EXAMPLE = """\
 example:
   python tools/preflight.py --config-file configs/digits_torchvision/reviewkd_kd_frcnn.yaml"""
@@ -35,9 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = Settings(args.batches, args.images, args.seconds)
     try:
         _check(settings)
-        cfg = load_config(args.config_file, args.opts)
-        output = args.output or Path(cfg.OUTPUT_DIR) / _FOLDER
-        report = preflight(cfg, output, settings)
+        plan = read_plan(args.config_file, args.opts)
+        opts, remark = _first_stage(plan)
+        cfg = load_config(args.config_file, [*args.opts, *opts])
+        output = args.output or Path(plan.output if plan.stages else cfg.OUTPUT_DIR) / _FOLDER
+        report = preflight(cfg, output, settings, remark=remark)
     except KDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -68,7 +74,11 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def preflight(
-    cfg: CfgNode, output: Path, settings: Settings | None = None, console: Console | None = None
+    cfg: CfgNode,
+    output: Path,
+    settings: Settings | None = None,
+    console: Console | None = None,
+    remark: str = "",
 ) -> Preflight:
     """Look at a run, print section by section, and write the report.
 
@@ -77,6 +87,7 @@ def preflight(
         output: folder of the report: new, empty, or with an earlier report in it.
         settings: how far to look.
         console: where to print; standard output by default.
+        remark: what to note at the beginning; nothing if empty.
 
     Raises:
         KDError: the folder cannot be used. Whatever is wrong with the run is in the report.
@@ -97,9 +108,10 @@ def preflight(
             def done(section: Section) -> None:
                 show_section(console, section)
 
-            report = run_preflight(cfg, settings, output / PICTURE, begin, done)
+            report = run_preflight(cfg, settings, output / PICTURE, begin, done, remark)
     finally:
         logging.disable(loud)
+        _free_memory()
     write_report(report, output)
     show_verdict(console, report)
     console.print(f"Report: {output / HTML}", style="dim", soft_wrap=True)
@@ -124,6 +136,30 @@ def require(cfg: CfgNode) -> None:
             received=f"{report.verdict}: {report.errors[0].message}",
             remedy=f"correct what {output / HTML} lists, or set PREFLIGHT False to train anyway",
         )
+
+
+def _first_stage(plan: Plan) -> tuple[list[str], str]:
+    """``KEY VALUE`` pairs of the first stage of a plan, and what to say about it.
+
+    The others start from checkpoints that are not there yet.
+    """
+    if not plan.stages:
+        return [], ""
+    first, count = plan.stages[0], len(plan.stages)
+    opts = ["STAGES", "[]", "OUTPUT_DIR", str(plan.output / f"stage_1_{first.name}")]
+    remark = f"this is about '{first.name}', stage 1 of {count}"
+    if count > 1:
+        remark += (
+            ". The others start from what it leaves: PREFLIGHT True looks at each before it starts"
+        )
+    return [*opts, *first.options(None)], remark
+
+
+def _free_memory() -> None:
+    """Leave the GPU to the training that may follow in this process."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _check(settings: Settings) -> None:

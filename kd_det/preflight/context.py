@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,7 +41,8 @@ class Context:
         bench: the run.
         settings: how far to look.
         picture: where the teacher's picture goes; None draws none.
-        indices: per class of the student the teacher's index of it; None where unknown.
+        indices: per class of the student the teacher's index of it, -1 where it has none; None
+            before the teacher was asked.
         examples: training images that were shown to the teacher.
         answers: what it said, under the input that suits it best.
         seconds_per_image: of an evaluation, by side.
@@ -55,6 +58,18 @@ class Context:
     answers: list[Answer] = field(default_factory=list)
     seconds_per_image: dict[Side, float] = field(default_factory=dict)
     steps: Steps | None = None
+
+    @property
+    def shares_classes(self) -> bool:
+        """Whether the teacher has any of the student's classes, as far as that is known."""
+        return self.indices is None or any(index >= 0 for index in self.indices)
+
+    def num_classes(self, side: Side) -> int:
+        """Classes of a side's head without a background, whether or not they have names."""
+        count: Callable[[CfgNode | None], int] = importlib.import_module(
+            f"kd_det.hosts.{self.cfg.HOST}.classes"
+        ).num_classes
+        return count(self.bench.cfg if side == "student" else self.bench.teacher_cfg)
 
     @property
     def device(self) -> str:

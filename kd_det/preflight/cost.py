@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,12 +27,11 @@ def inspect_cost(section: Section, context: Context) -> None:
         section.note("no training step was taken")
         return
     whole = cfg.SOLVER.IMS_PER_BATCH
-    factor = whole / steps.images
-    seconds = {part: steps.mean(part) * factor for part in _PARTS}
-    compute = sum(seconds.values()) - seconds["data"]
+    # The loader loads whole batches, however many of their images are then taken.
+    factors = dict.fromkeys(_PARTS, whole / steps.images) | {"data": 1.0}
+    seconds = {part: steps.mean(part) * factor for part, factor in factors.items()}
     workers = cfg.DATALOADER.NUM_WORKERS
-    # Loader processes work while the model does.
-    iteration = max(compute, seconds["data"] / workers) if workers else compute + seconds["data"]
+    iteration = iteration_seconds(seconds, workers)
     rows = [
         (f"data (one of {workers} loader processes)" if part == "data" and workers else part,
          f"{value:.3f}", f"{value / iteration:.0%}")
@@ -44,8 +44,9 @@ def inspect_cost(section: Section, context: Context) -> None:
     )
     if steps.images < whole:
         section.note(
-            f"measured with {steps.images} of {whole} images per batch, and multiplied: a whole "
-            "batch would not fit here, or take too long"
+            f"measured with {steps.images} of {whole} images per batch, and multiplied (all but "
+            "the data, of which whole batches are loaded): a whole batch would not fit here, or "
+            "take too long"
         )
     iterations = context.bench.iterations()
     hours = iterations * iteration / 3600
@@ -65,21 +66,32 @@ def inspect_cost(section: Section, context: Context) -> None:
         f"peak {kind} in a step of {counted(steps.images, 'image')}: {steps.memory:,.0f} MiB"
     )
     if context.bench.teacher is not None:
-        _savings(section, context, steps, seconds, iteration)
+        _savings(section, context, steps, seconds)
     _models(section, context)
 
 
+def iteration_seconds(seconds: Mapping[str, float], workers: int) -> float:
+    """Time of an iteration; loader processes work while the model does.
+
+    Args:
+        seconds: of its parts, ``"data"`` being what one process needs to load a batch.
+        workers: ``DATALOADER.NUM_WORKERS``; with 0 the training process loads.
+    """
+    compute = sum(value for part, value in seconds.items() if part != "data")
+    return max(compute, seconds["data"] / workers) if workers else compute + seconds["data"]
+
+
 def _savings(
-    section: Section,
-    context: Context,
-    steps: Steps,
-    seconds: dict[str, float],
-    iteration: float,
+    section: Section, context: Context, steps: Steps, seconds: Mapping[str, float]
 ) -> None:
-    extra = seconds["teacher"] + seconds["losses"]
+    workers = context.cfg.DATALOADER.NUM_WORKERS
+    iteration = iteration_seconds(seconds, workers)
+    # Where the loader is what an iteration waits for, it saves little to compute less.
+    alone = iteration_seconds({**seconds, "teacher": 0.0, "losses": 0.0}, workers)
+    section.data["without_distillation"] = alone
     section.note(
-        f"without teacher and losses an iteration would take {iteration - extra:.3f} instead of "
-        f"{iteration:.3f} seconds ({extra / iteration:.0%} less)"
+        f"without teacher and losses an iteration would take {alone:.3f} instead of "
+        f"{iteration:.3f} seconds ({1 - alone / iteration:.0%} less)"
     )
     ratio, dtype = _half_precision(context, steps)
     section.data["half_precision"] = ratio
@@ -88,7 +100,8 @@ def _savings(
     if context.bench.cfg.SOLVER.AMP.ENABLED:
         section.note("the teacher runs in half precision already: SOLVER.AMP.ENABLED")
     elif ratio < 1:
-        saved = seconds["teacher"] * (1 - ratio)
+        halved = {**seconds, "teacher": seconds["teacher"] * ratio}
+        saved = iteration - iteration_seconds(halved, workers)
         section.note(
             f"a teacher in {dtype} would save {saved:.3f} seconds ({saved / iteration:.0%} of an "
             "iteration)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,8 @@ BUILD, TEACHER, CLASSES, TAPS, TERMS, COST, EXPORT = TITLES = (
     "Cost",
     "Export",
 )
+logger = logging.getLogger(__name__)
+
 _NEEDS_STEPS = (TAPS, TERMS, COST)
 _STEPS = 0.35  # of Settings.seconds
 _PASSES = 3  # forward and backward, in forwards
@@ -44,11 +47,13 @@ def run_preflight(
     picture: Path | None = None,
     begin: Notify | None = None,
     done: Callable[[Section], None] | None = None,
+    remark: str = "",
 ) -> Preflight:
     """Look at a run before it starts. Trains nothing and writes nothing but the picture.
 
-    Mistakes in the run become errors of the section that meets them; what cannot be looked at
-    without it is skipped and says so.
+    Mistakes in the run become errors of the section that meets them, and so does whatever else
+    goes wrong there: there is always a report. What cannot be looked at without it is skipped and
+    says so.
 
     Args:
         cfg: as :func:`kd_det.cli.load_config` reads it.
@@ -56,6 +61,7 @@ def run_preflight(
         picture: file for the picture of what the teacher sees; None draws none.
         begin: called with the title of each section before it is worked on.
         done: called with each section when it is complete.
+        remark: what to note at the beginning; nothing if empty.
     """
     started = time.perf_counter()
     report = Preflight(str(cfg.OUTPUT_DIR), str(cfg.HOST))
@@ -64,17 +70,26 @@ def run_preflight(
         if begin is not None:
             begin(title)
         section = Section(title)
+        if remark and title == BUILD:
+            section.note(remark)
         start = time.perf_counter()
         try:
             state.work(section)
         except (KDError, FloatingPointError, torch.OutOfMemoryError) as error:
-            section.error(" ".join(str(error).split()))
+            section.error(_one_line(error))
+        except Exception as error:
+            logger.debug("section '%s'", title, exc_info=True)
+            section.error(f"could not be looked at: {type(error).__name__}: {_one_line(error)}")
         section.seconds = time.perf_counter() - start
         report.sections.append(section)
         report.seconds = time.perf_counter() - started
         if done is not None:
             done(section)
     return report
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 class _State:

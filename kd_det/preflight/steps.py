@@ -18,7 +18,7 @@ from kd_det.preflight.budget import Stopwatch, within
 from kd_det.shares import TASK, gradient_norms
 from kd_det.workbench import Workbench
 
-_LOSS_SCALE = 1024.0  # of half-precision losses, whose gradients would otherwise vanish
+_LOSS_SCALE = 1024.0  # of half-precision losses in the step's backward pass, as in training
 _MIB = 2**20
 
 
@@ -29,8 +29,8 @@ class TermValues:
     Attributes:
         raw: the loss without its weight.
         weight: what it is multiplied by at full schedule.
-        norm: of the gradient of the weighted loss on the shared parameters; None where the loss
-            is not finite.
+        norm: of the gradient of the weighted loss on the shared parameters; None where the
+            weighted loss is not finite, and itself not finite where the gradient is not.
         cosine: of the angle between that gradient and the task's; likewise.
     """
 
@@ -46,7 +46,8 @@ class Step:
 
     Attributes:
         task: the student's own losses by name.
-        task_norm: of their gradient on the shared parameters.
+        task_norm: of their gradient on the shared parameters; 0 where the run has no such
+            losses, and not finite where the gradient is not.
         terms: by name.
         seconds: ``data``, ``student``, ``teacher``, ``losses`` and ``backward``.
     """
@@ -143,15 +144,17 @@ class _Watch:
     def step(self, batch: Any, loading: float) -> Step:
         bench = self.bench
         watches = {name: Stopwatch(self.device) for name in ("forward", "teacher", "losses")}
+        self._forget_peak()
         with self._hooks(watches), watches["forward"].running():
             losses = bench.losses(batch)
+        peak = _peak_memory(self.on_gpu)
+        # The run does not measure: what that takes on top is none of its memory.
         terms, task, norm = self._measure(losses)
+        self._forget_peak()
         backward = Stopwatch(self.device)
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
         with backward.running():
             (torch.stack([loss.float() for loss in losses.values()]).sum() * self._scale).backward()
-        self.memory = _peak_memory(self.on_gpu)
+        self.memory = max(peak, _peak_memory(self.on_gpu))
         bench.model.zero_grad(set_to_none=True)
         forward = watches["forward"].seconds
         apart = {name: watches[name].seconds for name in ("teacher", "losses")}
@@ -193,22 +196,27 @@ class _Watch:
         task = {name: loss for name, loss in losses.items() if name not in names}
         metrics = distiller.metrics if distiller is not None else {}
         finite = {k: losses[k] for k in names if bool(torch.isfinite(losses[k]))}
-        total = torch.stack([loss.float() for loss in task.values()]).sum()
-        report = gradient_norms(
-            {name: loss * self._scale for name, loss in {TASK: total, **finite}.items()},
-            shared_parameters(self.bench.student),
-        )
+        shared = shared_parameters(self.bench.student)
+        # A stage that trains terms alone (KD.TASK_WEIGHT 0) may have no such losses at all.
+        total = torch.zeros((), device=shared[0].device if shared else None)
+        for loss in task.values():
+            total = total + loss.float()
+        report = gradient_norms({TASK: total, **finite}, shared)
         terms = {
             name: TermValues(
                 float(metrics[f"raw/{name}"]),
                 float(metrics[f"weight/{name}"]),
-                float(report.norms[name]) / self._scale if name in finite else None,
+                float(report.norms[name]) if name in finite else None,
                 float(report.cosines[name]) if name in finite else None,
             )
             for name in names
         }
         values = {name: float(loss.detach()) for name, loss in task.items()}
-        return terms, values, float(report.norms[TASK]) / self._scale
+        return terms, values, float(report.norms[TASK])
+
+    def _forget_peak(self) -> None:
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
 
     @contextmanager
     def _hooks(self, watches: Mapping[str, Stopwatch]) -> Iterator[None]:
@@ -283,8 +291,11 @@ def _restart(watch: Stopwatch) -> Stopwatch:
 
 
 def _first(batch: Any, images: int) -> Any:
-    """The first images of a batch: a list of samples, or parts with one entry per image."""
-    if isinstance(batch, list):
+    """The first images of a batch: a list of samples, or parts with one entry per image.
+
+    Lists of parts exist as well: a classifier's loader returns ``[images, targets, indices]``.
+    """
+    if isinstance(batch[0], Mapping):
         return batch[:images]
     return type(batch)(part[:images] for part in batch)
 

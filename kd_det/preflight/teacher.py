@@ -111,17 +111,20 @@ def _ask(section: Section, context: Context) -> float:
     if not wanted:
         section.warn("no training image has an object")
         return 0.0
+    count = context.num_classes("teacher")
     found = translation(*names, bench.cfg.KD.CLASS_MAP)
-    own = len(names[0]) if names[0] else max(int(e.classes.max()) for e in wanted) + 1
     # Where nobody knows names, the same classes.
-    context.indices = _places(found or list(range(own)), own)
-    count = len(found or names[1] or context.indices)
+    table = range(count) if found is None else found
+    context.indices = _places(table, context.num_classes("student"))
     watch = Stopwatch(context.device)
     for example in within(wanted, settings.seconds * _ASK):
         context.examples.append(example)
         with watch.running():
             context.answers += ask(bench, "teacher", [example], count)
     _draw(section, context)
+    if not context.shares_classes:
+        # There is no truth to be sure of.
+        return watch.mean
     number = len(context.answers)
     sure = float(truth_confidence(context.answers, context.indices).mean())
     section.data |= {"confidence": sure, "asked_images": number}
@@ -197,8 +200,11 @@ def _report_better(section: Section, context: Context, better: Better) -> None:
 
 def _evaluate(section: Section, context: Context, each: float) -> list[tuple[str, ...]]:
     bench, settings = context.bench, context.settings
-    if not bench.cfg.DATASETS.TEST:
-        section.note("nothing is evaluated: DATASETS.TEST is empty")
+    floor = float(bench.cfg.KD.TEACHER.MIN_AP)
+    if obstacle := _obstacle(context):
+        section.note(f"nothing is evaluated: {obstacle}")
+        if floor:
+            section.error(f"KD.TEACHER.MIN_AP {floor:g} cannot be checked: {obstacle}")
         return []
     number = affordable(settings.images, 2 * each, settings.seconds * _EVALUATE)
     scores: dict[Side, float] = {}
@@ -210,7 +216,7 @@ def _evaluate(section: Section, context: Context, each: float) -> list[tuple[str
         context.seconds_per_image[side] = watch.seconds / number
     section.data["score"] = {"name": name, "images": number, **scores}
     images = counted(number, "validation image")
-    teacher, floor = scores["teacher"], float(bench.cfg.KD.TEACHER.MIN_AP)
+    teacher = scores["teacher"]
     if floor and not teacher >= floor:
         section.error(
             f"the teacher's {name} on {images} is {teacher:.1f}, below KD.TEACHER.MIN_AP {floor:g}"
@@ -227,6 +233,15 @@ def _evaluate(section: Section, context: Context, each: float) -> list[tuple[str
         )
     texts = [f"{score:.1f}" for score in scores.values()]
     return [(f"{name} on {images} (%)", *texts)]
+
+
+def _obstacle(context: Context) -> str:
+    """What keeps the sides from being compared; empty if nothing does."""
+    if not context.bench.cfg.DATASETS.TEST:
+        return "DATASETS.TEST is empty"
+    if not context.shares_classes:
+        return "the teacher has none of the student's classes"
+    return ""
 
 
 def _score(context: Context, side: Side, images: int) -> tuple[str, float]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from kd_det.preflight.context import Context
 from kd_det.preflight.findings import Section, counted
-from kd_det.preflight.steps import Step, shared_name
+from kd_det.preflight.steps import Step, TermValues, shared_name
 
 _TOO_MUCH, _TOO_LITTLE = 0.9, 0.001
 
@@ -20,9 +20,9 @@ def inspect_terms(section: Section, context: Context) -> None:
         return
     names = list(bench.distiller.terms)
     found = steps.steps
-    norms = {name: _mean([step.terms[name].norm for step in found]) for name in names}
-    task = _mean([step.task_norm for step in found]) or 0.0
-    total = task + sum(norm or 0.0 for norm in norms.values())
+    norms = {name: _mean([_finite(step.terms[name].norm) for step in found]) for name in names}
+    task = _mean([_finite(step.task_norm) for step in found])
+    total = _sum([task, *norms.values()])
     rows = [
         (name, _number(_mean([step.task[name] for step in found])), "", "", "", "", "")
         for name in found[0].task
@@ -40,23 +40,25 @@ def inspect_terms(section: Section, context: Context) -> None:
                 _number(None if raw is None else raw * weight),
                 _number(norm),
                 _number(_mean([v.cosine for v in values])),
-                _percent(norm, total) if norm is not None else "-",
+                _percent(norm, total),
             )
         )
         section.data[name] = {"raw": raw, "weight": weight, "norm": norm}
         if norm is not None and total:
             section.data[name]["share"] = norm / total
-    section.data["task"] = {"norm": task, "share": task / total if total else None}
+    share = task / total if total and task is not None else None
+    section.data["task"] = {"norm": task, "share": share}
     section.table(
         f"Means over {_batches(found)} of {counted(steps.images, 'image')}, schedules at full "
         f"weight; gradients on {shared_name(bench.student)}, cosines with the task's",
         ("loss", "raw", "weight", "weighted", "gradient", "cosine", "share"),
         rows,
     )
+    _judge_task(section, context)
     drowning = {name for name in names if total and (norms[name] or 0.0) > _TOO_MUCH * total}
     for name in names:
         # What drowns beside another term is that term's fault.
-        rest = task + sum(norms[other] or 0.0 for other in names if other not in drowning - {name})
+        rest = _sum([task, *(norms[other] for other in names if other not in drowning - {name})])
         _judge(section, context, name, norms[name], rest)
     if not any(f.level in ("error", "warning") for f in section.findings):
         section.ok("every term is finite, acts on the student, and none drowns the others")
@@ -77,17 +79,36 @@ def proposed_weight(weight: float, norm: float, total: float, share: float) -> f
     return share / (1 - share) * (total - norm) / (norm / weight)
 
 
+def _judge_task(section: Section, context: Context) -> None:
+    assert context.steps is not None
+    steps = context.steps.steps
+    broken = {
+        f"loss '{name}'": [step.task[name] for step in steps if not math.isfinite(step.task[name])]
+        for name in steps[0].task
+    }
+    if not any(broken.values()):
+        gradient = f"gradient on {shared_name(context.bench.student)}"
+        broken = {gradient: [s.task_norm for s in steps if not math.isfinite(s.task_norm)]}
+    for what, values in broken.items():
+        if values:
+            section.error(
+                f"the task's {what} is {values[0]} on {len(values)} of {_batches(steps)}, and "
+                "training would stop there or learn nothing"
+            )
+
+
 def _judge(section: Section, context: Context, name: str, norm: float | None, total: float) -> None:
     assert context.steps is not None
     steps = context.steps.steps
     values = [step.terms[name] for step in steps]
-    if norm is None or not all(math.isfinite(v.raw) for v in values):
-        broken = next((v.raw for v in values if not math.isfinite(v.raw)), math.nan)
+    broken = [v for v in values if None in (_finite(v.raw), _finite(v.norm))]
+    if broken:
         section.error(
-            f"term '{name}' is not finite: its loss is {broken} on {_broken(steps, name)} of "
-            f"{_batches(steps)}, and training would stop there or learn nothing"
+            f"term '{name}' is not finite: {_what(broken[0], shared_name(context.bench.student))} "
+            f"on {len(broken)} of {_batches(steps)}, and training would stop there or learn nothing"
         )
         return
+    assert norm is not None
     if all(v.weight == 0 for v in values):
         section.warn(f"term '{name}' is off: its weight is 0")
         return
@@ -112,7 +133,8 @@ def _judge_share(section: Section, context: Context, name: str, norm: float, tot
     assert distiller is not None
     cfg, share = context.bench.cfg, norm / total
     term = next(t for t in distiller.specs if t.name == name)
-    alone = norm == total
+    # A share of nothing but itself, or of a task whose gradient is not finite, says nothing.
+    alone = norm == total or not all(math.isfinite(s.task_norm) for s in context.steps.steps)
     # A balance moves the weights by itself, a clip limits the gradient, and a network that is
     # trained first says nothing yet.
     managed = cfg.KD.BALANCE.NAME in ("gradient_share", "gradnorm", "uncertainty")
@@ -133,10 +155,16 @@ def _batches(steps: Sequence[Step]) -> str:
     return f"{len(steps)} batch{'' if len(steps) == 1 else 'es'}"
 
 
-def _broken(steps: Sequence[Step], name: str) -> int:
-    """On how many batches a term is not finite."""
-    values = [step.terms[name] for step in steps]
-    return sum(v.norm is None or not math.isfinite(v.raw) for v in values)
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _what(broken: TermValues, shared: str) -> str:
+    if not math.isfinite(broken.raw):
+        return f"its loss is {broken.raw}"
+    if broken.norm is None:
+        return f"its loss is {broken.raw:g}, too large for its weight {broken.weight:g},"
+    return f"its gradient on {shared} is {broken.norm}"
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -145,9 +173,14 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if len(known) == len(values) and known else None
 
 
+def _sum(norms: Sequence[float | None]) -> float:
+    """Of those that are known."""
+    return sum(norm for norm in norms if norm is not None)
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _percent(part: float, total: float) -> str:
-    return f"{part / total:.1%}" if total else "-"
+def _percent(part: float | None, total: float) -> str:
+    return f"{part / total:.1%}" if total and part is not None else "-"

@@ -104,6 +104,28 @@ def test_a_schedule_multiplies_on_top():
     assert found["b"] == 0
 
 
+def test_weights_are_found_in_half_precision_however_far_raw_losses_are_from_the_trained_ones():
+    parameter = torch.nn.Parameter(torch.ones(4))
+    x = parameter.half().float()
+    slopes, weights = {"huge": 1e6, "tiny": 1e-10}, {"huge": 1e-3, "tiny": 1e3}
+    balance = GradientShare(terms(**weights), {"huge": 0.25, "tiny": 0.25})
+    raw = {name: (x * slope).sum() for name, slope in slopes.items()}
+    found = balance.observe(raw, dict.fromkeys(raw, 1.0), {"loss": x.sum()}, [parameter], 0)
+    assert {k: float(v) for k, v in found.items()} == pytest.approx(
+        {"task": 0.5, "huge": 0.25, "tiny": 0.25}, rel=0.01
+    )
+    for name, slope in slopes.items():
+        assert float(balance.weight(name, 1.0)) == pytest.approx(0.5 / slope, rel=0.01)
+
+
+def test_a_term_that_can_never_be_measured_is_reported_once(caplog):
+    balance, toy = GradientShare(terms(a=1.0, b=1.0, off=0.0), {"a": 0.3}), Toy()
+    for step in range(0, 300, 10):
+        toy.observe(balance, step, a=0.0, b=math.nan if step < 50 else 1.0, off=0.0)
+    (record,) = caplog.records
+    assert "could not measure term 'a' in any of its first 10 measurements" in record.getMessage()
+
+
 # GradNorm
 
 
@@ -176,6 +198,21 @@ def test_uncertainty_starts_at_the_configured_weight_and_rests_where_the_loss_is
         optimizer.step()
     assert [float(balance.weight(n, 1.0) * raw[n]) for n in raw] == pytest.approx([1, 1], rel=1e-4)
     assert balance.log_variances.tolist() == pytest.approx([math.log(6.0), math.log(0.2)], rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_the_weight_of_a_term_rests_while_the_term_is_exactly_zero(optimizer):
+    balance = Uncertainty(terms(a=3.0))
+    logits = torch.ones(2, requires_grad=True)
+    steps = optimizer(balance.parameters(), lr=0.5)
+    for _ in range(500):
+        steps.zero_grad()
+        balance.weigh("a", (logits * 0).sum(), 1.0).backward()
+        steps.step()
+    assert balance.log_variances.item() == 0
+    assert balance.log_variances.grad is not None  # DDP waits for every parameter
+    balance.weigh("a", logits.sum(), 1.0).backward()
+    assert balance.log_variances.grad.item() == pytest.approx(1 - 3 * 2)
 
 
 # Processes

@@ -76,3 +76,14 @@ def check_planted_faults_of_an_export(bench: Workbench) -> None:
     assert any("differs by up to" in problem for problem in bench.check_export())
     hook.remove()
     assert bench.check_export() == []
+
+
+def check_names_that_do_not_fit_are_none(bench: Workbench) -> None:
+    """Of a bench whose config gives its teacher of ten classes two names, which are then unknown.
+
+    Its indices are taken as they are, so that an evaluation works.
+    """
+    assert list(bench.cfg.KD.TEACHER.CLASS_NAMES) == ["a", "b"]
+    assert bench.class_names("teacher") is None
+    assert len(bench.class_names("student") or []) == 10
+    bench.evaluate("teacher", 1)

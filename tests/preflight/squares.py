@@ -21,7 +21,8 @@ from kd_det.hosts.torchvision_detection.models import build_model
 
 NAMES = ("red", "green", "yellow")
 CANVAS = 64
-_COLOURS = np.array([(220, 40, 40), (40, 200, 40), (220, 200, 40)])
+# The last two are of no class in NAMES.
+_COLOURS = np.array([(220, 40, 40), (40, 200, 40), (220, 200, 40), (40, 40, 220), (220, 220, 220)])
 
 
 def write_squares(root: Path, images: int, seed: int, names=NAMES) -> tuple[Path, Path]:

@@ -155,6 +155,13 @@ def a_teacher_below_the_floor(world, folder, monkeypatch):
     return Planted(cfg, "Teacher", "error", ("box AP", "below KD.TEACHER.MIN_AP 99.5"))
 
 
+def a_floor_that_nothing_is_measured_against(world, folder, monkeypatch):
+    cfg = world.student("KD.TEACHER.MIN_AP", 10, "DATASETS.TEST", [])
+    return Planted(
+        cfg, "Teacher", "error", ("MIN_AP 10 cannot be checked", "DATASETS.TEST is empty")
+    )
+
+
 def a_student_better_than_its_teacher(world, folder, monkeypatch):
     def forget(state):
         state["roi_heads.box_predictor.cls_score.weight"].zero_()
@@ -181,6 +188,7 @@ FAULTS = [
     a_term_that_is_zero,
     a_student_with_other_strides,
     a_teacher_below_the_floor,
+    a_floor_that_nothing_is_measured_against,
     a_student_better_than_its_teacher,
 ]
 

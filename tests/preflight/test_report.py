@@ -10,9 +10,11 @@ from html import unescape
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
-from kd_det.preflight import Preflight, Section, Settings, Table, budget, preflight, require
+from kd_det.preflight import Preflight, Section, Settings, Table, budget, preflight, require, run
+from kd_det.preflight import cli as preflight_cli
 from kd_det.preflight.cli import main
 from kd_det.preflight.page import FILES, prepare_folder, write_report
 from kd_det.preflight.run import TITLES
@@ -165,3 +167,64 @@ def test_a_missing_data_set_is_an_error_that_names_it(world, tmp_path, silent):
     cfg = world.student("DATASETS.TRAIN", "('digits_trian',)")
     report = preflight(cfg, tmp_path, QUICK, silent)
     assert any("did you mean 'digits_train'" in finding.message for finding in report.errors)
+
+
+def test_a_failure_that_nobody_expected_is_an_error_of_its_section(
+    world, tmp_path, silent, monkeypatch
+):
+    def fail_inside(section, context):
+        section.note("so far")
+        raise AssertionError("Checkpoint x\nnot found!")
+
+    monkeypatch.setitem(run._INSPECT, "Taps", fail_inside)
+    report = preflight(world.student(), tmp_path, QUICK, silent)
+    assert report.verdict == "not ready: 1 error"
+    said = "could not be looked at: AssertionError: Checkpoint x not found!"
+    assert [f.message for f in report.section("Taps").findings] == ["so far", said]
+    assert report.section("Export").findings[0].level == "ok"
+    assert said in unescape((tmp_path / "preflight.html").read_text())
+
+
+@pytest.fixture
+def looked_at(monkeypatch):
+    """The configs and remarks that reach preflight, which then looks at nothing."""
+    calls = []
+
+    def look(cfg, settings, picture, begin, done, remark):
+        calls.append((cfg, remark))
+        return Preflight(str(cfg.OUTPUT_DIR), str(cfg.HOST))
+
+    monkeypatch.setattr(preflight_cli, "run_preflight", look)
+    return calls
+
+
+def test_of_a_run_in_stages_the_first_is_looked_at_and_named(world, tmp_path, looked_at):
+    stages = """
+STAGES:
+  - {NAME: hint, TERMS: [review], TASK: False, OVERRIDES: {SOLVER.BASE_LR: 0.125}}
+  - {NAME: plain, TERMS: []}
+"""
+    config = tmp_path / "stages.yaml"
+    config.write_text(world.student_file().read_text() + stages)
+    assert main(["--config-file", str(config), "OUTPUT_DIR", str(tmp_path / "run")]) == 0
+    ((cfg, remark),) = looked_at
+    assert (cfg.KD.ACTIVE_TERMS, cfg.KD.TASK_WEIGHT, cfg.SOLVER.BASE_LR) == (["review"], 0, 0.125)
+    assert cfg.OUTPUT_DIR == str(tmp_path / "run" / "stage_1_hint")
+    assert remark.startswith("this is about 'hint', stage 1 of 2.")
+    # Beside the folders of the stages, not in one of them.
+    assert os.listdir(tmp_path / "run") == ["preflight"]
+
+
+def test_a_remark_comes_first(world):
+    report = run.run_preflight(world.student("KD.TEACHER.WEIGHTS", ""), QUICK, remark="about this")
+    assert report.section("Build").findings[0].message == "about this"
+
+
+@pytest.mark.usefixtures("looked_at")
+def test_the_gpu_is_left_to_the_training_that_follows(world, tmp_path, silent, monkeypatch):
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    for available in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        preflight(world.student(), tmp_path, QUICK, silent)
+    assert emptied == [True]

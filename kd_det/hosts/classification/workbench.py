@@ -36,6 +36,7 @@ from kd_det.hosts.classification.teacher import num_classes, teacher_config
 from kd_det.inspection import (
     evaluating,
     export_problems,
+    fitting_names,
     load_learned,
     open_pre_stage,
     training_losses,
@@ -170,8 +171,10 @@ class ClassificationWorkbench:
 
     def class_names(self, side: Side) -> list[str] | None:
         if side == "student":
-            return class_names(self.cfg)
-        return teacher_class_names(self.cfg) if self.teacher_cfg is not None else None
+            return fitting_names(class_names(self.cfg), num_classes(self.cfg))
+        if self.teacher_cfg is None:
+            return None
+        return fitting_names(teacher_class_names(self.cfg), num_classes(self.teacher_cfg))
 
     def example(self, side: Side) -> tuple[Any, ...]:
         side_model(self, side)

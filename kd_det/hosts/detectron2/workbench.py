@@ -54,6 +54,7 @@ from kd_det.inspection import (
     detector_outputs,
     evaluating,
     export_problems,
+    fitting_names,
     load_learned,
     open_pre_stage,
     repeatable,
@@ -90,6 +91,7 @@ def open_workbench(cfg: CfgNode, weights: str = "", distilled: bool = True) -> W
         if distiller is not None:
             load_learned(distiller, path)
     else:
+        _check_start(cfg.MODEL.WEIGHTS)
         with student_start(distiller, cfg):
             DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     return Detectron2Workbench(cfg, model)
@@ -210,8 +212,10 @@ class Detectron2Workbench:
 
     def class_names(self, side: Side) -> list[str] | None:
         if side == "student":
-            return class_names(self.cfg)
-        return teacher_class_names(self.cfg) if self.teacher_cfg is not None else None
+            return fitting_names(class_names(self.cfg), num_classes(self.cfg))
+        if self.teacher_cfg is None:
+            return None
+        return fitting_names(teacher_class_names(self.cfg), num_classes(self.teacher_cfg))
 
     def example(self, side: Side) -> tuple[Any, ...]:
         side_model(self, side)
@@ -304,6 +308,21 @@ class _SomeImages(COCOEvaluator):
 
     def evaluate(self) -> Any:
         return super().evaluate(img_ids=self._images)
+
+
+def _check_start(weights: str) -> None:
+    """Say which key names a file that is not there; Detectron2 would fail an assertion.
+
+    Raises:
+        KDError: ``MODEL.WEIGHTS`` is a path to no file; addresses are Detectron2's matter.
+    """
+    path = weights.partition("?")[0]  # options of the loader follow
+    if path and "://" not in path and not Path(path).is_file():
+        fail(
+            expected="MODEL.WEIGHTS to be a file, an address, or empty",
+            received=f"'{weights}', where no file is",
+            remedy="correct the path, or set MODEL.WEIGHTS '' to start at random",
+        )
 
 
 def _detect(model: nn.Module, example: dict[str, Any]) -> Detections:

@@ -8,6 +8,7 @@ from torch import nn
 
 from kd_det.hosts.classification.data import ClassificationData
 from kd_det.hosts.classification.train import run
+from kd_det.preflight.steps import take_steps
 from kd_det.workbench import open_workbench
 from tests.hosts import workbench_contract as contract
 
@@ -112,6 +113,8 @@ def test_a_teacher_is_judged_by_the_students_classes_on_the_images_it_saw(config
     cfg = config(KD={"TERMS": {"hint": TERMS["hint"]}})
     cfg.KD.TEACHER.CLASS_NAMES = names
     bench = open_workbench(cfg)
+    bench.teacher_cfg.defrost()
+    bench.teacher_cfg.MODEL.NUM_CLASSES = len(names)
     targets = ClassificationData(cfg, training=False).targets
     order = [*range(9, -1, -1)]
     bench.teacher.model = Oracle(targets, [*order, 10])
@@ -172,3 +175,19 @@ def test_what_the_host_refuses_is_refused_as_it_says(config, refuses):
     ):
         with refuses(part):
             open_workbench(config(KD={"TERMS": TERMS, **node}))
+
+
+def test_names_that_are_not_as_many_as_the_teachers_classes_are_left_out(config):
+    cfg = config(KD={"TERMS": {"hint": TERMS["hint"]}})
+    cfg.KD.TEACHER.CLASS_NAMES = ["a", "b"]
+    contract.check_names_that_do_not_fit_are_none(open_workbench(cfg))
+
+
+def test_a_stage_without_a_task_is_measured_on_part_of_a_batch(config):
+    terms = {name: TERMS[name] for name in ("soft", "hint")}
+    bench = open_workbench(config(KD={"TERMS": terms, "TASK_WEIGHT": 0.0}))
+    steps = take_steps(bench, batches=1, images=6, seconds=600)
+    assert steps.entered[0] == 6  # of the 16 that the loader gives
+    (step,) = steps.steps
+    assert (step.task, step.task_norm) == ({}, 0.0)
+    assert all(step.terms[name].norm > 0 for name in terms)

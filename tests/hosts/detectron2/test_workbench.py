@@ -137,6 +137,11 @@ def test_a_teacher_is_judged_by_the_students_classes_on_the_images_it_saw(config
     assert 0 < bench.evaluate("teacher", 2)["bbox"]["AP"] < 100
 
 
+def test_names_that_are_not_as_many_as_the_teachers_classes_are_left_out(config):
+    options = ("KD.TEACHER.CLASS_NAMES", ["a", "b"], "KD.ACTIVE_TERMS", ["review"])
+    contract.check_names_that_do_not_fit_are_none(open_workbench(config(*options)))
+
+
 def test_each_side_has_its_own_pixels_and_test_size(config):
     teacher = ["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", [1.0, 2.0, 3.0]]
     teacher += ["INPUT.MIN_SIZE_TEST", 64]
@@ -212,6 +217,7 @@ def test_what_the_host_refuses_is_refused_as_it_says(config, refuses):
         (("KD.TEACHER.WEIGHTS", "gone.pth"), "gone.pth"),
         (("KD.TEACHER.CONFIG_FILE", "gone.yaml"), "gone.yaml"),
         (("KD.TERMS.review.TAPS", ["p9"]), "p9"),
+        (("MODEL.WEIGHTS", "gone.pth"), "expected MODEL.WEIGHTS to be a file"),
     ):
         with refuses(part):
             open_workbench(config(*option))

@@ -200,3 +200,9 @@ def test_data_that_does_not_fit_is_refused_when_it_is_looked_at(digits_config, t
     bench = open_workbench(digits_config("baseline_frcnn", "DATASETS.COCO_JSON.small_val", entry))
     with pytest.raises(KDError, match="11"):
         bench.evaluate("student", 1)
+
+
+def test_names_that_are_not_as_many_as_the_teachers_classes_are_left_out(digits_config):
+    options = ("KD.TEACHER.CLASS_NAMES", ["a", "b"], "KD.ACTIVE_TERMS", ["review"])
+    bench = open_workbench(digits_config("reviewkd_kd_frcnn", *options))
+    contract.check_names_that_do_not_fit_are_none(bench)
