@@ -107,7 +107,7 @@ class Condensation:
         self.min_per_class, self.batch = min_per_class, batch
         self.labels = _check_labels(labels, size) if min_per_class else None
         self._full_lengths = stage_lengths(period, total)
-        self.counts = keep_counts(size, rho, len(self._full_lengths), schedule)
+        self.counts = keep_counts(size, rho, total / period, schedule)
         self.lengths = self._full_lengths
         if batch is not None:
             planned = zip(self.lengths, self.counts, strict=False)
@@ -165,7 +165,8 @@ class Condensation:
         self.partners.fill_(-1)
         self.epsilons.zero_()
         self.partners[parts.tail[:pairs]] = parts.drop[:pairs]
-        self.epsilons[parts.tail[:pairs]] = blend_ratios(pairs, self.epsilon, self.epsilon_rule)
+        ratios = blend_ratios(len(parts.drop), self.epsilon, self.epsilon_rule)
+        self.epsilons[parts.tail[:pairs]] = ratios[:pairs]
         self.active = parts.keep
         self.stage += 1
         self.position = 0

@@ -31,10 +31,22 @@ def constant() -> Schedule:
 
 
 @SCHEDULES.register()
-def linear_warmup(iters: int) -> Schedule:
-    """``min(1, step / iters)``: ReviewKD's warm-up on CIFAR counts from 0, so step 0 has none."""
+def linear_warmup(iters: int, every: int = 1) -> Schedule:
+    """``min(1, step / iters)``, counted from 0, so step 0 has none.
+
+    Args:
+        iters: steps until the full weight.
+        every: the weight rises once in so many steps. ReviewKD's on CIFAR rises once per epoch, and
+            the first epoch has none.
+    """
     _check_iters("linear_warmup", iters)
-    return partial(_rise, iters=iters)
+    if every < 1:
+        fail(
+            expected="schedule linear_warmup to get EVERY >= 1",
+            received=f"EVERY {every}",
+            remedy="give the iterations of an epoch, or leave it out",
+        )
+    return partial(_rise, iters=iters, every=every)
 
 
 @SCHEDULES.register()
@@ -58,8 +70,8 @@ def _one(step: int) -> float:
     return 1.0
 
 
-def _rise(step: int, iters: int) -> float:
-    return min(1.0, step / iters)
+def _rise(step: int, iters: int, every: int = 1) -> float:
+    return min(1.0, step // every * every / iters)
 
 
 def _switch(step: int, iters: int) -> float:

@@ -6,6 +6,7 @@ Shapes: N points of the whole training set, N_t of them in stage t = 0, 1, ..., 
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -50,32 +51,34 @@ def stage_lengths(period: int, total: int) -> list[int]:
 
 
 def keep_counts(
-    total: int, rho: float, stages: int, schedule: Literal["exp", "linear"] = "exp"
+    total: int, rho: float, stages: float, schedule: Literal["exp", "linear"] = "exp"
 ) -> list[int]:
-    """N_0 = N, N_1, ..., N_stages: how many points each stage trains on.
+    """N_0 = N, N_1, ..., N_n: how many points each of n stages trains on.
 
     The last is what a condensation after the last stage would leave; no stage trains on it.
 
     Args:
         total: N.
-        rho: share of the points in N_stages, in (0, 1].
-        stages: number of periods in the run.
+        rho: share of the points in N_n, in (0, 1].
+        stages: I / T, length of the run over that of a stage; n is this, rounded up.
         schedule: ``"exp"``: ``N_t = round(N * rho^(t/stages))``, the paper's. ``"linear"``:
             ``floor(N * (1-rho) / stages)`` fewer per stage, not below ``floor(rho * N)``, the
             released code's (which fixes 6 stages), in its floating-point arithmetic.
 
     Returns:
-        ``stages + 1`` counts, none below 1.
+        ``n + 1`` counts, none below 1, nor below the share ``rho``.
 
     Raises:
         KDError: ``rho`` is outside (0, 1], or an unknown schedule.
     """
     _check_rho(rho)
     check_choice("schedule", schedule, KEEP_SCHEDULES)
+    last = math.ceil(stages)
     if schedule == "exp":
-        return [max(1, round(total * rho ** (t / stages))) for t in range(stages + 1)]
+        shares = (rho ** min(1.0, t / stages) for t in range(last + 1))
+        return [max(1, round(total * share)) for share in shares]
     fewer, least = int(total * (1 - rho) / stages), max(1, int(rho * total))
-    return [max(least, total - t * fewer) for t in range(stages + 1)]
+    return [max(least, total - t * fewer) for t in range(last + 1)]
 
 
 def partition(
@@ -159,16 +162,19 @@ def kcd_cost(
         total: length of the run.
         period: length of a stage, in the same unit; the last may be shorter.
         first_stage: ``"condensed"`` counts stages t = 1, 2, ...; ``"full"`` t = 0, 1, ...
-        schedule: share of stage t of n: ``rho^(t/n)`` or ``1 - (1-rho) t/n``.
+        schedule: share of stage t: ``rho^(t T / I)`` or ``1 - (1-rho) t T / I``, at least ``rho``.
     """
     _check_rho(rho)
     check_choice("first_stage", first_stage, ("condensed", "full"))
     check_choice("schedule", schedule, KEEP_SCHEDULES)
-    lengths = stage_lengths(period, total)
     offset = 1 if first_stage == "condensed" else 0
+    if offset and schedule == "exp" and rho < 1:
+        # The closed form of the paper, which is the sum below where the stages are of one length.
+        ratio = rho ** (period / total)
+        return ratio * (1 - rho) / (1 - ratio) * period / total
     cost = 0.0
-    for t, length in enumerate(lengths):
-        done = (t + offset) / len(lengths)
+    for t, length in enumerate(stage_lengths(period, total)):
+        done = min(1.0, (t + offset) * period / total)
         cost += length * (rho**done if schedule == "exp" else 1 - (1 - rho) * done)
     return cost / total
 

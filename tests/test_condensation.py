@@ -44,7 +44,6 @@ def slow_run(rho, period, total, alpha, schedule, pool, epsilon, rule, minimum):
     """(active, recipes) after every epoch, from the definition with lists and dictionaries."""
     sums, counts = [0.0] * SIZE, [0] * SIZE
     active, recipes, stage, planned = list(range(SIZE)), {}, 0, SIZE
-    stages = math.ceil(total / period)
     for epoch in range(total):
         for i, value in zip(*visits(epoch, active), strict=True):
             sums[i] += value
@@ -52,9 +51,9 @@ def slow_run(rho, period, total, alpha, schedule, pool, epsilon, rule, minimum):
         if (epoch + 1) % period == 0 and epoch + 1 < total:
             stage += 1
             if schedule == "exp":
-                planned = round(SIZE * rho ** (stage / stages))
+                planned = round(SIZE * rho ** (stage * period / total))
             else:
-                planned = max(int(rho * SIZE), planned - int(SIZE * (1 - rho) / stages))
+                planned = max(int(rho * SIZE), planned - int(SIZE * (1 - rho) / (total / period)))
             order = slow_ranks(sums, counts, alpha, range(SIZE) if pool == "all" else active)
             kept = order[:planned]
             for label in set(LABELS):
@@ -66,7 +65,7 @@ def slow_run(rho, period, total, alpha, schedule, pool, epsilon, rule, minimum):
             tail = kept[len(kept) - pairs :]
             recipes = {}
             for j in range(pairs):
-                share = epsilon * (j if rule == "reference" else j + 1) / pairs
+                share = epsilon * (j if rule == "reference" else j + 1) / len(dropped)
                 recipes[tail[j]] = (dropped[j], pytest.approx(share, rel=1e-12))
             active = kept
         yield list(active), dict(recipes)
@@ -82,6 +81,7 @@ def slow_run(rho, period, total, alpha, schedule, pool, epsilon, rule, minimum):
         (0.2, 2, 10, "exp", "reference", 5),
         (0.3, 1, 5, "linear", "reference", 7),
         (0.1, 1, 2, "exp", "reference", 0),
+        (0.6, 3, 10, "linear", "reference", 0),
     ],
 )
 def test_a_run_selects_what_a_slow_loop_selects(pool, rho, period, total, schedule, rule, minimum):
@@ -130,6 +130,8 @@ def test_dropped_points_return_only_from_the_whole_pool():
         ((10, 1.0, 3), [10] * 4),
         ((5, 0.1, 4), [5, 3, 2, 1, 1]),
         ((3, 0.01, 2, "linear"), [3, 2, 1]),
+        ((1000, 0.7, 250 / 40), [1000, 945, 892, 843, 796, 752, 710, 700]),
+        ((1000, 0.7, 100 / 30, "linear"), [1000, 910, 820, 730, 700]),
     ],
 )
 def test_keep_counts(arguments, counts):
@@ -137,7 +139,8 @@ def test_keep_counts(arguments, counts):
 
 
 @pytest.mark.parametrize(
-    ("rho", "total", "period"), [(0.7, 240, 40), (0.5, 100, 10), (0.9, 90, 15), (0.3, 7, 7)]
+    ("rho", "total", "period"),
+    [(0.7, 240, 40), (0.5, 100, 10), (0.9, 90, 15), (0.3, 7, 7), (0.7, 250, 40)],
 )
 def test_cost_is_the_published_closed_form(rho, total, period):
     q = rho ** (period / total)
@@ -167,8 +170,8 @@ def test_a_run_costs_what_was_planned(schedule, expected):
 def test_a_short_last_stage_is_counted_as_short():
     kcd = Condensation(1000, 0.5, 4, 10)
     assert kcd.lengths == [4, 4, 2]
-    assert kcd.planned_samples() == 4 * 1000 + 4 * 794 + 2 * 630
-    expected = (4 + 4 * 0.5 ** (1 / 3) + 2 * 0.5 ** (2 / 3)) / 10
+    assert kcd.planned_samples() == 4 * 1000 + 4 * 758 + 2 * 574
+    expected = (4 + 4 * 0.5**0.4 + 2 * 0.5**0.8) / 10
     assert kcd_cost(0.5, 10, 4, "full") == pytest.approx(expected)
 
 
@@ -274,8 +277,8 @@ def test_a_state_that_does_not_fit_is_refused_naming_both(refuses):
         make(41).load_state_dict(state)
     with refuses("stage counts, [40, 39,", "[40, 34,"):
         make(rho=0.9).load_state_dict(state)
-    with refuses("stage lengths, [4, 4, 4, 1]", "[3, 3, 3, 3]"):
-        make(period=4, total=13).load_state_dict(state)
+    with refuses("stage lengths, [6, 6, 6, 6]", "[3, 3, 3, 3]"):
+        make(period=6, total=24).load_state_dict(state)
 
 
 def test_in_iterations_every_stage_makes_as_many_passes():

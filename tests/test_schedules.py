@@ -22,6 +22,7 @@ def build(**node):
         ({"NAME": "constant"}, (1, 1, 1, 1, 1, 1, 1)),
         ({"NAME": "linear_warmup", "ITERS": 4}, (0, 0.25, 0.5, 0.75, 1, 1, 1)),
         ({"NAME": "linear_warmup", "ITERS": 1}, (0, 1, 1, 1, 1, 1, 1)),
+        ({"NAME": "linear_warmup", "ITERS": 4, "EVERY": 2}, (0, 0, 0.5, 0.5, 1, 1, 1)),
         ({"NAME": "delay", "ITERS": 3}, (0, 0, 0, 1, 1, 1, 1)),
         ({"NAME": "linear_decay", "ITERS": 4}, (1, 0.75, 0.5, 0.25, 0, 0, 0)),
     ],
@@ -47,6 +48,11 @@ def test_every_schedule_is_tested_here():
 def test_a_length_below_one_is_refused(refuses, name, iters):
     with refuses(f"expected schedule {name} to get ITERS >= 1; received ITERS {iters};"):
         build(NAME=name, ITERS=iters)
+
+
+def test_a_rise_per_less_than_a_step_is_refused(refuses):
+    with refuses("EVERY >= 1", "EVERY 0"):
+        build(NAME="linear_warmup", ITERS=4, EVERY=0)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kd_det.checks import check_choice, check_same_length, check_same_shape, fail
+from kd_det.checks import check_channels, check_choice, check_same_length, check_same_shape, fail
 from kd_det.losses.base import (
     DistillLoss,
     TapSpec,
@@ -74,7 +74,10 @@ def fgfi_mask(
                 received=str(tuple(rows.shape)),
                 remedy="pass the anchors of the same map as the features",
             )
+    # The area of a large box is no number in half precision.
+    anchors = [full_precision(rows) for rows in anchors]
     boxes = torch.cat([b.reshape(-1, 4) for b in gt_boxes]) if gt_boxes else anchors[0][:0]
+    boxes = full_precision(boxes)
     counts = torch.tensor([len(b) for b in gt_boxes], dtype=torch.long, device=boxes.device)
     image = torch.repeat_interleave(counts)
 
@@ -232,6 +235,7 @@ class FGFILoss(DistillLoss):
                 received=str(threshold),
                 remedy="use the paper's 0.5",
             )
+        self.student_channels = list(student_channels)
         self.strides = None if strides is None else list(strides)
         self.threshold = threshold
         self.assign = assign
@@ -293,6 +297,8 @@ class FGFILoss(DistillLoss):
             )
         if any(x.numel() == 0 for x in student):
             return zero_in_graph([*student, *self.parameters()])
+        for x, channels in zip(student, self.student_channels, strict=True):
+            check_channels("FGFI", "student", x, channels)
         masks = fgfi_mask(
             anchors,
             gt_boxes,

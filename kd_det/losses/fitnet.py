@@ -7,14 +7,14 @@ Shapes: student map ``[N, C_s, H_s, W_s]``, teacher map ``[N, C_t, H_t, W_t]``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kd_det.adaptors import ConvAdaptor, Size
-from kd_det.checks import check_channels, check_same_length, check_same_shape, fail
+from kd_det.checks import check_channels, check_choice, check_same_length, check_same_shape, fail
 from kd_det.losses.base import (
     DistillLoss,
     TapSpec,
@@ -24,28 +24,32 @@ from kd_det.losses.base import (
 )
 from kd_det.registry import LOSSES
 
+REDUCTIONS = ("mean", "paper")
+Reduction = Literal["mean", "paper"]
 
-def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error averaged over everything (RepDistiller, mdistiller).
 
-    The paper's ``1/2 ||.||^2`` summed per sample differs by a constant factor only; a published
-    weight belongs to one of the two.
+def hint_loss(student: Tensor, teacher: Tensor, reduction: Reduction = "mean") -> Tensor:
+    """Squared error of a hint.
 
     Args:
         student: the adapted student map, of the teacher's shape.
         teacher: the teacher's map; no gradient flows into it.
+        reduction: ``"mean"`` averages over everything (RepDistiller, mdistiller); ``"paper"`` is
+            ``1/2 ||.||^2`` per sample, averaged over the batch: ``C_t H_t W_t / 2`` times as large.
 
     Returns:
         Scalar; an exact zero in the graph for an empty batch.
 
     Raises:
-        KDError: the shapes differ.
+        KDError: the shapes differ, or an unknown reduction.
     """
+    check_choice("reduction", reduction, REDUCTIONS)
     check_same_shape("FitNet", student, teacher)
     if student.numel() == 0:
         return zero_in_graph([student])
     with no_autocast(student):
-        return F.mse_loss(full_precision(student), full_precision(teacher.detach()))
+        error = F.mse_loss(full_precision(student), full_precision(teacher.detach()))
+    return error if reduction == "mean" else error * (student[0].numel() / 2)
 
 
 @LOSSES.register("FitNet")
@@ -60,9 +64,10 @@ class FitNetLoss(DistillLoss):
         teacher_sizes: likewise for the teacher.
         relu: end the adaptor in a ReLU. True fits ResNet stages, which end in one; use False on
             FPN levels, which are signed.
+        reduction: see :func:`hint_loss`.
 
     Raises:
-        KDError: lists of different length, or sizes that cannot be bridged.
+        KDError: lists of different length, an unknown reduction, or sizes that cannot be bridged.
     """
 
     from_taps: ClassVar[tuple[str, ...]] = (
@@ -79,8 +84,10 @@ class FitNetLoss(DistillLoss):
         student_sizes: Sequence[Size] | None = None,
         teacher_sizes: Sequence[Size] | None = None,
         relu: bool = True,
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
+        check_choice("reduction", reduction, REDUCTIONS)
         check_same_length("FitNet", student_channels, teacher_channels)
         n = len(student_channels)
         sizes_s: Sequence[Size | None] = student_sizes or [None] * n
@@ -88,6 +95,7 @@ class FitNetLoss(DistillLoss):
         check_same_length("FitNet", sizes_s, student_channels)
         check_same_length("FitNet", sizes_t, student_channels)
         self.student_channels = list(student_channels)
+        self.reduction: Reduction = reduction
         self.adaptors = nn.ModuleList(
             ConvAdaptor(c_s, c_t, size_s, size_t, relu)
             for c_s, c_t, size_s, size_t in zip(
@@ -132,5 +140,5 @@ class FitNetLoss(DistillLoss):
             adapted = adaptor(full_precision(s))
             if adapted.shape[-2:] != t.shape[-2:]:
                 adapted = F.interpolate(adapted, t.shape[-2:], mode="bilinear", align_corners=False)
-            losses.append(hint_loss(adapted, t))
+            losses.append(hint_loss(adapted, t, self.reduction))
         return torch.stack(losses).sum()

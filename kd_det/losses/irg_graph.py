@@ -170,14 +170,15 @@ def movement_loss(
         bridge: see :func:`movement`.
 
     Returns:
-        Scalar; an exact zero in the graph for fewer than two nodes.
+        Scalar; an exact zero in the graph without nodes. A normalised movement of a single node is
+        1, or 0 where it does not move.
 
     Raises:
         KDError: see :func:`movement`; or an unknown reduction.
     """
     check_choice("reduction", reduction, REDUCTIONS)
     check_rows(*student, *teacher)
-    if len(student[0]) < 2:
+    if len(student[0]) == 0:
         return zero_in_graph(student)
     first, last = (feature.detach() for feature in teacher)
     target = movement(first, last, normalize, detach_max, bridge)

@@ -8,14 +8,14 @@ student ``[N, C_s,i, H_i, W_i]``, teacher ``[N, C_t,i, H'_i, W'_i]``, mid width 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kd_det.adaptors import batch_norm, resize_nearest
-from kd_det.checks import check_channels, check_same_length, check_same_shape, fail
+from kd_det.checks import check_channels, check_choice, check_same_length, check_same_shape, fail
 from kd_det.losses.base import (
     DistillLoss,
     TapSpec,
@@ -120,6 +120,8 @@ class ReviewKDLoss(DistillLoss):
         out_channels: teacher widths, shallow to deep.
         mid_channels: M. Default ``min(512, deepest student width)``, the CIFAR rule, which gives
             256 on a stock FPN; the released detection code uses 256.
+        reduction: ``"mean"`` over samples, channels and positions, levels summed: the one there is,
+            named because a weight belongs to it.
 
     State keys follow the released code: ``abfs.0`` is the *deepest* level.
 
@@ -134,8 +136,10 @@ class ReviewKDLoss(DistillLoss):
         in_channels: Sequence[int],
         out_channels: Sequence[int],
         mid_channels: int | None = None,
+        reduction: Literal["mean"] = "mean",
     ) -> None:
         super().__init__()
+        check_choice("reduction", reduction, ("mean",))
         check_same_length("ReviewKD", in_channels, out_channels)
         mid = min(512, in_channels[-1]) if mid_channels is None else mid_channels
         if mid < 1:
@@ -156,7 +160,8 @@ class ReviewKDLoss(DistillLoss):
         cls, student: Sequence[TapSpec], teacher: Sequence[TapSpec], given: dict[str, Any]
     ) -> dict[str, Any]:
         """Channel widths of both sides; the order of the levels is checked."""
-        strides = [spec.stride or 0 for spec in student]
+        # Pooled vectors have none.
+        strides = [spec.stride for spec in student if spec.stride]
         if strides != sorted(strides):
             fail(
                 expected="ReviewKD TAPS from shallow to deep",
@@ -185,7 +190,8 @@ class ReviewKDLoss(DistillLoss):
         return outputs[::-1]
 
     def forward(self, student: list[Tensor], teacher: list[Tensor], **context: Any) -> Tensor:
-        """Levels shallow to deep on both sides. Scalar."""
+        """Levels shallow to deep on both sides; ``[N, C]`` is a level of one position. Scalar."""
+        student, teacher = [_as_map(x) for x in student], [_as_map(x) for x in teacher]
         check_same_length("ReviewKD", student, teacher)
         check_same_length("ReviewKD", student, self.in_channels)
         for x, channels in zip(student, self.in_channels, strict=True):
@@ -193,3 +199,7 @@ class ReviewKDLoss(DistillLoss):
         if any(x.numel() == 0 for x in student):
             return zero_in_graph([*student, *self.parameters()])
         return hcl_loss(self.fuse(student, [t.shape[-2:] for t in teacher]), teacher)
+
+
+def _as_map(feature: Tensor) -> Tensor:
+    return feature[:, :, None, None] if feature.dim() == 2 else feature

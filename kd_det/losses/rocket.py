@@ -8,12 +8,12 @@ here is the hint that ties their logits. Shapes: N samples, J classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from kd_det.checks import check_same_length, check_same_shape, fail
+from kd_det.checks import check_choice, check_same_length, check_same_shape, fail
 from kd_det.losses.base import (
     DistillLoss,
     TapSpec,
@@ -23,25 +23,35 @@ from kd_det.losses.base import (
 )
 from kd_det.registry import LOSSES
 
+REDUCTIONS = ("batchmean", "mean")
+Reduction = Literal["batchmean", "mean"]
 
-def rocket_hint(light_logits: Tensor, booster_logits: Tensor, block: bool = True) -> Tensor:
+
+def rocket_hint(
+    light_logits: Tensor,
+    booster_logits: Tensor,
+    block: bool = True,
+    reduction: Reduction = "batchmean",
+) -> Tensor:
     """Squared distance of the logits before the softmax: ``1/N * sum_n ||l_n - z_n||^2``.
 
-    Summed over classes and averaged over the samples that are there. The authors' code divides by
-    the configured batch size instead, which weakens a partial last batch.
+    N are the samples that are there. The authors' code divides by the configured batch size
+    instead, which weakens a partial last batch.
 
     Args:
         light_logits: ``[N, J]``, any floating dtype, computed in at least float32.
         booster_logits: same shape.
         block: the gradient block: the hint does not pull the booster towards the light net.
             Default True, as in the paper; False is its ablation.
+        reduction: ``"batchmean"`` sums over classes (paper and code), ``"mean"`` averages.
 
     Returns:
         Scalar; an exact zero in the graph for an empty batch.
 
     Raises:
-        KDError: the shapes differ.
+        KDError: the shapes differ, or an unknown reduction.
     """
+    check_choice("reduction", reduction, REDUCTIONS)
     check_same_shape("Rocket", light_logits, booster_logits)
     if block:
         booster_logits = booster_logits.detach()
@@ -49,7 +59,8 @@ def rocket_hint(light_logits: Tensor, booster_logits: Tensor, block: bool = True
         return zero_in_graph([light_logits, booster_logits])
     with no_autocast(light_logits):
         difference = full_precision(light_logits) - full_precision(booster_logits)
-        return difference.square().sum() / len(difference)
+        error = difference.square()
+        return error.mean() if reduction == "mean" else error.sum() / len(error)
 
 
 @LOSSES.register("Rocket")
@@ -59,11 +70,17 @@ class RocketLoss(DistillLoss):
     Args:
         block: see :func:`rocket_hint`. False needs a teacher tensor that carries a gradient, which
             only a jointly trained booster has.
+        reduction: see :func:`rocket_hint`.
+
+    Raises:
+        KDError: an unknown reduction.
     """
 
-    def __init__(self, block: bool = True) -> None:
+    def __init__(self, block: bool = True, reduction: Reduction = "batchmean") -> None:
         super().__init__()
+        check_choice("reduction", reduction, REDUCTIONS)
         self.block = block
+        self.reduction: Reduction = reduction
 
     @classmethod
     def tap_arguments(
@@ -82,5 +99,8 @@ class RocketLoss(DistillLoss):
     def forward(self, student: list[Tensor], teacher: list[Tensor], **context: Any) -> Tensor:
         """Mean over pairs of ``[N, J]`` logits, of which there is usually one. Scalar."""
         check_same_length("Rocket", student, teacher)
-        pairs = [rocket_hint(s, t, self.block) for s, t in zip(student, teacher, strict=True)]
+        pairs = [
+            rocket_hint(s, t, self.block, self.reduction)
+            for s, t in zip(student, teacher, strict=True)
+        ]
         return torch.stack(pairs).mean()

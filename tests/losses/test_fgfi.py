@@ -280,6 +280,30 @@ def test_half_precision_is_computed_in_float32(half):
     assert student.grad.dtype == half
 
 
+@pytest.mark.parametrize("assign", ["roi", "anchor", "all"])
+def test_boxes_whose_area_is_no_half_number_mark_the_same_cells(half, assign):
+    ys, xs = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
+    centres = torch.stack([xs, ys], dim=-1).view(-1, 2) * 128 + 64
+    anchors = torch.cat([centres - 256, centres + 256], dim=1)
+    boxes = torch.tensor([[0.0, 0.0, 400.0, 460.0]])
+    (expected,) = fgfi_mask([anchors], [boxes], [(4, 4)], assign=assign)
+    assert expected.any()
+    for a, b in ((anchors.to(half), boxes.to(half)), (anchors.to(half), boxes)):
+        (mask,) = fgfi_mask([a], [b], [(4, 4)], assign=assign)
+        assert torch.equal(mask, expected)
+
+
+def test_student_width_is_checked_before_the_convolution(randn, boxes, refuses):
+    loss = FGFILoss([3], [5], [8])
+    with refuses("FGFI", "3 channels", "(2, 4, "):
+        loss(
+            [randn(2, 4, 4, 4, dtype=torch.float32)],
+            [randn(2, 5, 4, 4, dtype=torch.float32)],
+            anchors=[torch.rand(16, 4)],
+            gt_boxes=[torch.rand(1, 4)] * 2,
+        )
+
+
 def test_module_takes_half_precision_taps(randn, boxes, half):
     loss = build().float()
     student, teacher = ([x.to(half) for x in maps] for maps in pyramids(randn))

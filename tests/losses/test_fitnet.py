@@ -62,6 +62,19 @@ def test_without_sizes_the_adapted_map_is_resized_bilinearly(randn):
     assert loss([student], [teacher]).item() == pytest.approx(expected, rel=1e-12)
 
 
+def test_the_papers_form_is_half_the_squared_norm_per_sample(randn, refuses):
+    student, teacher = randn(3, 4, 2, 5), randn(3, 4, 2, 5)
+    expected = sum(0.5 * (s - t).norm() ** 2 for s, t in zip(student, teacher, strict=True)) / 3
+    torch.testing.assert_close(hint_loss(student, teacher, "paper"), expected)
+    mean, paper = (FitNetLoss([4], [4], reduction=r).double() for r in ("mean", "paper"))
+    paper.load_state_dict(mean.state_dict())
+    half_an_image = 4 * 2 * 5 / 2
+    expected = mean([student], [teacher]) * half_an_image
+    torch.testing.assert_close(paper([student], [teacher]), expected)
+    with refuses("'sum'"):
+        FitNetLoss([4], [4], reduction="sum")
+
+
 def test_several_taps_are_summed(randn):
     loss = FitNetLoss([2, 3], [4, 5]).double()
     students, teachers = (

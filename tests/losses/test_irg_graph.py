@@ -214,6 +214,17 @@ def test_close_vectors_far_from_the_origin_keep_their_distances(randn):
     torch.testing.assert_close(edge_matrix(feature).double(), exact, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("reduction", ["caffe", "mean"])
+def test_a_single_sample_moves_too(randn, reduction, normalize):
+    student, teacher = [(randn(1, 4), randn(1, 4)) for _ in range(2)]
+    for own in (student, (student[0], student[0])):  # the second stays where it is
+        expected = slow_movement_loss(own, teacher, reduction, normalize)
+        loss = movement_loss(own, teacher, reduction, normalize)
+        assert loss.item() == pytest.approx(float(expected), abs=1e-12)
+    assert loss > 0.4
+
+
 def test_averaging_bridges_a_wider_layer(randn):
     narrow, wide = randn(4, 2), randn(4, 6)
     means = torch.stack([wide[:, :3].mean(dim=1), wide[:, 3:].mean(dim=1)], dim=1)

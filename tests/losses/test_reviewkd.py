@@ -254,6 +254,21 @@ def test_lists_of_different_length_are_refused(randn):
         hcl_loss(teacher, teacher[:2])
 
 
+def test_a_vector_is_a_level_of_one_position(randn):
+    loss = ReviewKDLoss([4, 6, 6], [4, 6, 7]).double()
+    student = [randn(3, 4, 4, 4), randn(3, 6, 2, 2), randn(3, 6)]
+    teacher = [randn(3, 4, 4, 4), randn(3, 6, 2, 2), randn(3, 7)]
+    maps = [[*side[:2], side[2][:, :, None, None]] for side in (student, teacher)]
+    assert torch.equal(loss(student, teacher), loss(*maps))
+    specs = [TapSpec(4, 8), TapSpec(6, 16), TapSpec(6)]
+    assert ReviewKDLoss.tap_arguments(specs, specs, {})["in_channels"] == [4, 6, 6]
+
+
+def test_the_only_reduction_is_the_mean(refuses):
+    with refuses("'sum'", "mean"):
+        ReviewKDLoss([4], [4], reduction="sum")
+
+
 def test_mid_width_must_be_positive():
     with pytest.raises(KDError, match="mid_channels >= 1; received 0; remedy"):
         ReviewKDLoss([4], [4], 0)

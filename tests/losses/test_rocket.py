@@ -35,6 +35,15 @@ def test_a_partial_batch_counts_as_much_per_sample_as_a_full_one(randn):
     torch.testing.assert_close(rocket_hint(light[:3], booster[:3]), full)
 
 
+def test_the_mean_is_over_classes_too(randn, refuses):
+    light, booster = randn(4, 5), randn(4, 5)
+    expected = rocket_hint(light, booster) / 5
+    torch.testing.assert_close(rocket_hint(light, booster, reduction="mean"), expected)
+    torch.testing.assert_close(RocketLoss(reduction="mean")([light], [booster]), expected)
+    with refuses("'sum'"):
+        RocketLoss(reduction="sum")
+
+
 def test_the_hint_compares_logits_not_probabilities(randn):
     light = randn(4, 6)
     # A shift leaves the probabilities as they are.

@@ -104,7 +104,9 @@ def build_unix(cfg: CfgNode, seed: int, rank: int) -> UnixMixup | None:
     node = cfg.KD.UNIX
     if not (cfg.KD.ENABLED and node.ENABLED):
         return None
-    return UnixMixup(node.K_FRAC, node.B_FRAC, node.SLOPE, node.STRATEGY, seed=seed, rank=rank)
+    k, b, whole = node.K_FRAC, node.B_FRAC, node.NOMINAL_BATCH
+    nominal = (round(k * whole), round(b * whole), whole) if whole else None
+    return UnixMixup(k, b, node.SLOPE, node.STRATEGY, nominal, seed, rank)
 
 
 def flops_ratio(model: DistilledClassifier, size: int) -> float:

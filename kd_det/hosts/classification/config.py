@@ -144,6 +144,9 @@ def _add_procedures(cfg: CfgNode) -> None:
     cfg.KD.UNIX.B_FRAC = 0.5  # the most uncertain, nearly unmixed (32 of 64)
     cfg.KD.UNIX.SLOPE = 10.0
     cfg.KD.UNIX.STRATEGY = "entropy"
+    # The released code takes both parts of the nominal batch: a short last batch is then hardly
+    # mixed and not reduced. 0: of every batch as it is.
+    cfg.KD.UNIX.NOMINAL_BATCH = 0
     # Of the scoring pass: eval leaves BatchNorm's statistics alone; train is the reference's.
     cfg.KD.UNIX.SCORE_MODE = "eval"
 

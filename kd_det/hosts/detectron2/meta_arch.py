@@ -159,10 +159,13 @@ class DistillMixin(nn.Module):
         features_s, specs_s = host_taps.feature_taps(self, wanted_s)
         features_t, specs_t = host_taps.feature_taps(teacher, wanted_t)
         heads_s, heads_t = host_taps.head_specs(self), host_taps.head_specs(teacher)
+        self._independent = "box_logits" in host_taps.sigmoid_heads(self)
         if "box_logits" in wanted_t:
             _match_stages(heads_s, heads_t)
+            teacher_pass.check_box_heads(self, teacher)
         self.class_map = distillation.class_map
-        heads_t = mapped_specs(heads_t, self.class_map, _BACKGROUNDS)
+        backgrounds = _BACKGROUNDS | {"box_logits": int(not self._independent)}
+        heads_t = mapped_specs(heads_t, self.class_map, backgrounds)
         if "cls_logits" in wanted_t:
             teacher_pass.check_anchors(self, teacher)
         # The student's random stream must not depend on the adaptors' initialisation.
@@ -251,8 +254,9 @@ class DistillMixin(nn.Module):
     def _student_values(self, captures: Mapping[str, Any]) -> dict[str, Any]:
         values = dict(captures)
         if "box_logits" in self._heads:
-            stages = host_taps.num_box_stages(self)
-            values["box_logits"] = [captures[f"box_logits.{k}"] for k in range(stages)]
+            stages = [captures[f"box_logits.{k}"] for k in range(host_taps.num_box_stages(self))]
+            trained = slice(-1) if self._independent else slice(None)
+            values["box_logits"] = [logits[:, trained] for logits in stages]
         if "mask_logits" in self._heads:
             values["mask_logits"] = teacher_pass.own_class(
                 captures["mask_logits"], captures["mask_instances"]

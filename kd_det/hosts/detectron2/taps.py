@@ -79,7 +79,8 @@ def head_specs(model: StockModel) -> Specs:
     roi_heads = getattr(model, "roi_heads", None)
     if hasattr(roi_heads, "box_head"):
         branches = box_branches(model)
-        stages = [TapSpec(p.num_classes + 1) for _, p in branches]
+        # Heads with independent classes have a column for the background, but do not train it.
+        stages = [TapSpec(p.num_classes + (not p.use_sigmoid_ce)) for _, p in branches]
         specs["box_logits"] = stages if len(stages) > 1 else stages[0]
         level = model.backbone.output_shape()[roi_heads.box_in_features[0]]
         specs["box_pooled"] = TapSpec(level.channels, size=roi_heads.box_pooler.output_size)

@@ -85,9 +85,10 @@ def box_values(
         class_map: from the teacher's classes to the student's, where they differ.
 
     Returns:
-        ``box_logits``: per student stage ``[R, K + 1]``, for the student's classes. A cascade
-        teacher of a one-stage student answers with the logarithm of its stages' mean probability,
-        which is what it scores by at inference. ``box_pooled`` ``[R, C, h, w]`` and
+        ``box_logits``: per student stage ``[R, K + 1]``, for the student's classes; ``[R, K]`` of
+        heads with independent classes (``USE_SIGMOID_CE``), which do not train the last column.
+        A cascade teacher of a one-stage student answers with the logits of its stages' mean
+        probability, which is what it scores by at inference. ``box_pooled`` ``[R, C, h, w]`` and
         ``box_features`` ``[R, D]``: of the first stage on both sides.
 
     Raises:
@@ -111,14 +112,40 @@ def box_values(
             values = {"box_pooled": pooled, "box_features": outputs[0]}
         if with_logits:
             scores = [p(output)[0] for (_, p), output in zip(heads, outputs, strict=True)]
-            answer = scores[0] if same_stages else _mean_log_probability(scores)
-            logits.append(map_logits(answer, class_map, "last", exclusive))
+            if exclusive:
+                answer = scores[0] if same_stages else _mean_log_probability(scores)
+                logits.append(map_logits(answer, class_map, "last"))
+            else:
+                scores = [score[:, :-1] for score in scores]
+                answer = scores[0] if same_stages else _logit_of_mean(scores)
+                logits.append(map_logits(answer, class_map, exclusive=False))
     values["box_logits"] = logits
     return {name: values[name] for name in wanted}
 
 
 def _mean_log_probability(scores: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(scores)).float().softmax(dim=-1).mean(dim=0).log()
+
+
+def _logit_of_mean(scores: Sequence[Tensor]) -> Tensor:
+    # Beyond eps float32 cannot tell a mean from 0 or 1.
+    return torch.stack(list(scores)).float().sigmoid().mean(dim=0).logit(eps=1e-6)
+
+
+def check_box_heads(student: StockModel, teacher: StockModel) -> None:
+    """Refuse RoI heads whose logits mean different things: softmax and sigmoid scores."""
+    kinds = [
+        "independent classes (USE_SIGMOID_CE)"
+        if "box_logits" in sigmoid_heads(model)
+        else "classes that exclude each other"
+        for model in (student, teacher)
+    ]
+    if kinds[0] != kinds[1]:
+        fail(
+            expected="box heads of one kind on both sides for box_logits",
+            received=f"a student with {kinds[0]}, a teacher with {kinds[1]}",
+            remedy="set MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE alike, or distil features",
+        )
 
 
 def check_stages(student: int, teacher: int) -> None:

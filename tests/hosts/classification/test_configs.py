@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from kd_det.hosts.classification import teacher
-from kd_det.hosts.classification.build import build_condensation, build_training_model
+from kd_det.hosts.classification.build import (
+    build_condensation,
+    build_training_model,
+    build_unix,
+)
 from kd_det.hosts.classification.config import load_config
 from kd_det.hosts.classification.lit import score
 from kd_det.hosts.classification.models import build_classifier
@@ -41,6 +45,14 @@ def _from_the_root(monkeypatch):
 def test_a_config_is_read_and_says_what_it_is(path):
     load_config(str(path))
     assert path.read_text().startswith("# ")
+
+
+def test_unix_counts_from_the_nominal_batch_where_its_code_does():
+    cfg = load_config(str(FOLDER / "cifar100" / "unix_vgg8_vgg13.yaml"))
+    assert cfg.KD.UNIX.NOMINAL_BATCH == cfg.SOLVER.IMS_PER_BATCH == 64
+    assert build_unix(cfg, 0, 0).nominal == (48, 32, 64)
+    cfg = load_config(str(FOLDER / "digits" / "unix_resnet14_x0.5_resnet20.yaml"))
+    assert build_unix(cfg, 0, 0).nominal is None
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=ident)

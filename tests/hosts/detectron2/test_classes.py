@@ -122,8 +122,28 @@ def test_sigmoid_heads_are_selected_and_nothing_is_added_up(four, tmp_path):
     model = build(student_cfg("faster", four, teacher, terms, SIGMOID))
     raw = listen(model.teacher.frozen.model.roi_heads.box_predictor, lambda output: output[0])
     seen, _ = step(model)
-    expected = torch.stack([by_name(row, exclusive=False) for row in raw[0]])
+    # The last column is the background, which such heads do not train.
+    expected = torch.stack([by_name(row, exclusive=False)[:-1] for row in raw[0]])
     assert torch.equal(seen["t"]["box_logits"][0], expected)
+    assert seen["s"]["box_logits"][0].shape == expected.shape
+
+
+def test_a_sigmoid_cascade_answers_a_single_stage_with_its_mean_probability(tmp_path):
+    terms = {"logits": {"LOSS": "KD", "TAPS": ["box_logits"], "ACTIVATION": "sigmoid"}}
+    teacher = write_teacher(tmp_path, "cascade", SIGMOID)
+    model = build(distilled_cfg("faster", teacher, terms, SIGMOID))
+    predictors = model.teacher.frozen.model.roi_heads.box_predictor
+    raw = [listen(predictor, lambda output: output[0]) for predictor in predictors]
+    seen, _ = step(model)
+    mean = sum(stage[0].sigmoid() for stage in raw) / len(raw)
+    torch.testing.assert_close(seen["t"]["box_logits"][0].sigmoid(), mean[:, :-1])
+
+
+def test_softmax_and_sigmoid_box_heads_are_not_compared(tmp_path, refuses):
+    terms = {"logits": {"LOSS": "KD", "TAPS": ["box_logits"], "ACTIVATION": "sigmoid"}}
+    teacher = write_teacher(tmp_path, "faster", SIGMOID)
+    with refuses("box heads of one kind", "USE_SIGMOID_CE"):
+        build(distilled_cfg("faster", teacher, terms))
 
 
 def test_masks_are_those_of_the_class_of_the_same_name(four, tmp_path):
