@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ class PreStageModel(nn.Module):
         super().__init__()
         self._losses = {name: (loss, tuple(taps)) for name, (loss, taps) in losses.items()}
         self.networks = nn.ModuleDict({name: loss.network for name, (loss, _) in losses.items()})
+        self._idle: list[str] = []
         for loss, _ in self._losses.values():
             loss.start_pre_stage()
 
@@ -76,15 +77,58 @@ class PreStageModel(nn.Module):
         Args:
             teacher: recorded teacher tensors by tap name; a list where a name stands for several.
         """
-        return {
+        losses = {
             name: loss.pre_stage_loss(_flatten([teacher[tap] for tap in taps]))
             for name, (loss, taps) in self._losses.items()
         }
+        self._idle = [name for name, loss in losses.items() if not loss.detach().any()]
+        return losses
+
+    def optimizer(
+        self, lr: float, momentum: float, nesterov: bool, weight_decay: float
+    ) -> torch.optim.Optimizer:
+        """SGD on the networks. One that got nothing to learn from in a batch is left alone.
+
+        A single sample has no relations: without this, momentum and weight decay would move the
+        network all the same.
+        """
+        return _PreStageSGD(self, lr, momentum, nesterov, weight_decay)
+
+    def leave_idle_alone(self) -> None:
+        """Take the gradients of networks whose last batch had nothing to learn from."""
+        for name in self._idle:
+            for parameter in self.networks[name].parameters():
+                parameter.grad = None
 
     def finish(self) -> None:
         """Freeze all networks; their losses are ready."""
         for loss, _ in self._losses.values():
             loss.finish_pre_stage()
+
+
+class _PreStageSGD(torch.optim.SGD):
+    def __init__(
+        self,
+        model: PreStageModel,
+        lr: float,
+        momentum: float,
+        nesterov: bool,
+        weight_decay: float,
+    ) -> None:
+        super().__init__(
+            model.parameters(), lr, momentum, nesterov=nesterov, weight_decay=weight_decay
+        )
+        self._leave_idle_alone = model.leave_idle_alone
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        # Lightning's forward and backward pass are in the closure.
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        self._leave_idle_alone()
+        super().step()
+        return result
 
 
 def save_pre_stage(path: str | Path, losses: PreStageLosses | Distiller, teacher: str) -> None:

@@ -85,6 +85,38 @@ def test_the_model_offers_its_optimiser_the_networks_alone(rows):
     assert len(list(model.parameters())) == 3
 
 
+@pytest.mark.parametrize("in_closure", [False, True])
+def test_a_single_sample_moves_nothing_not_even_by_momentum_or_decay(randn, in_closure):
+    taps = [TapSpec(4, size=(2, 2)), TapSpec(6, size=(2, 2))]
+    mhgd = MHGDLoss(**MHGDLoss.tap_arguments(taps, taps, {}), heads=1)
+    summary = Summary(3)
+    model = PreStageModel({"graph": (mhgd, ["a", "b"]), "one": (summary, ["pooled"])})
+    optimizer = model.optimizer(0.1, 0.9, True, 0.01)
+
+    def train(samples):
+        def closure():
+            optimizer.zero_grad()
+            shapes = {"a": (samples, 4, 2, 2), "b": (samples, 6, 2, 2)}
+            teacher = {name: randn(*s, dtype=torch.float32) for name, s in shapes.items()}
+            loss = sum(model({**teacher, "pooled": randn(5, 3, dtype=torch.float32)}).values())
+            loss.backward()
+            return loss
+
+        if in_closure:
+            assert optimizer.step(closure) > 0
+        else:
+            closure()
+            optimizer.step()
+        return [copy.deepcopy(m.state_dict()) for m in (mhgd.network, summary.network)]
+
+    before, other = train(8)
+    alone, moved = train(1)
+    after, _ = train(8)
+    assert all(torch.equal(alone[k], before[k]) for k in before)
+    assert not torch.equal(moved["0.weight"], other["0.weight"])
+    assert any(not torch.equal(after[k], alone[k]) for k in after)
+
+
 def test_a_saved_network_gives_a_fresh_loss_the_same_values(rows, randn, tmp_path):
     loss, losses = trained(rows)
     save_pre_stage(tmp_path / "pre.pth", losses, TEACHER)

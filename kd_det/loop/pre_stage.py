@@ -196,13 +196,7 @@ class _LitPreStage(ResumableModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         node = self.node
-        return torch.optim.SGD(
-            self.model.parameters(),
-            lr=node.BASE_LR,
-            momentum=node.MOMENTUM,
-            nesterov=node.NESTEROV,
-            weight_decay=node.WEIGHT_DECAY,
-        )
+        return self.model.optimizer(node.BASE_LR, node.MOMENTUM, node.NESTEROV, node.WEIGHT_DECAY)
 
 
 def _trainer(

@@ -12,7 +12,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import SimpleTrainer, hooks
@@ -117,13 +116,7 @@ def _train(
     captures = TeacherCaptures(teacher, wanted, cfg.INPUT.FORMAT, class_map)
     alone = _TeacherAlone(model, captures)
     wrapped = data_parallel(alone, cfg.MODEL.DEVICE, broadcast_buffers=False)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=node.BASE_LR,
-        momentum=node.MOMENTUM,
-        nesterov=node.NESTEROV,
-        weight_decay=node.WEIGHT_DECAY,
-    )
+    optimizer = model.optimizer(node.BASE_LR, node.MOMENTUM, node.NESTEROV, node.WEIGHT_DECAY)
     loader = build_detection_train_loader(cfg, dataset=images)
     trainer = SimpleTrainer(wrapped, loader, optimizer)
     folder = Path(cfg.OUTPUT_DIR) / FOLDER
