@@ -100,7 +100,7 @@ class LitClassifier(DistillationModule):
             losses = self.model(images, targets)
         if self.condensation is not None:
             assert self.model.logits is not None
-            self.condensation.update(indices.cpu(), logit_entropy(self.model.logits).cpu())
+            self.condensation.update(indices, logit_entropy(self.model.logits))
         clipped = self.model.clipped_terms
         parts = {name: full_precision(loss) for name, loss in losses.items()}
         total = torch.stack([v for k, v in parts.items() if k not in clipped]).sum()
