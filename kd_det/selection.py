@@ -167,13 +167,14 @@ def kcd_cost(
     _check_rho(rho)
     check_choice("first_stage", first_stage, ("condensed", "full"))
     check_choice("schedule", schedule, KEEP_SCHEDULES)
+    lengths = stage_lengths(period, total)
     offset = 1 if first_stage == "condensed" else 0
     if offset and schedule == "exp" and rho < 1:
         # The closed form of the paper, which is the sum below where the stages are of one length.
         ratio = rho ** (period / total)
         return ratio * (1 - rho) / (1 - ratio) * period / total
     cost = 0.0
-    for t, length in enumerate(stage_lengths(period, total)):
+    for t, length in enumerate(lengths):
         done = min(1.0, (t + offset) * period / total)
         cost += length * (rho**done if schedule == "exp" else 1 - (1 - rho) * done)
     return cost / total

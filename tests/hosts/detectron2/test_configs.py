@@ -103,11 +103,13 @@ def expected_terms(loss: str, pair: str) -> dict[str, dict[str, Any]]:
         "THRESHOLD": 0.5,
         "SCHEDULE": {"NAME": "delay", "ITERS": 400},
     }
-    review = {"LOSS": "ReviewKD", "WEIGHT": PAIRS[pair][1], "TAPS": levels, "MID_CHANNELS": 256}
+    review = {"LOSS": "ReviewKD", "REDUCTION": "mean", "WEIGHT": PAIRS[pair][1]}
+    review |= {"TAPS": levels, "MID_CHANNELS": 256}
+    hint = {"LOSS": "FitNet", "REDUCTION": "mean", "WEIGHT": 0.1, "TAPS": ["c3"], "RELU": True}
     terms: dict[str, dict[str, Any]] = {
         "baseline": {},
         "kd": {"dense_logits": dense_kd} if dense else {"roi_logits": roi_kd},
-        "fitnet": {"hint": {"LOSS": "FitNet", "WEIGHT": 0.1, "TAPS": ["c3"], "RELU": True}},
+        "fitnet": {"hint": hint},
         "fgfi": {"imitation": imitation},
         "reviewkd": {"review": review},
         "at": {
