@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import gc
 import json
 import os
 from collections.abc import Sequence
@@ -189,10 +190,22 @@ def _join_torchrun(args: argparse.Namespace) -> None:
             torch.cuda.set_device(local_rank)
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
         # Kept until the end: stages and seeds are several runs of one process group.
-        atexit.register(torch.distributed.destroy_process_group)
+        atexit.register(_leave_torchrun)
         comm.create_local_process_group(local_size)
     comm.synchronize()
     _worker(args)
+
+
+def _leave_torchrun() -> None:
+    """End the threads of the process groups while the interpreter is still there.
+
+    One that is still letting go of tensors after that can abort a process whose work is done. They
+    end with the last reference to a group: that of a model in DDP, or Detectron2's own.
+    """
+    comm._LOCAL_PROCESS_GROUP = None
+    gc.collect()
+    torch.distributed.destroy_process_group()
+    gc.collect()
 
 
 def _worker(args: argparse.Namespace) -> None:
