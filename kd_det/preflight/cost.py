@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_det.inspection import evaluating
 from kd_det.preflight.budget import Stopwatch, now
@@ -16,7 +16,8 @@ from kd_det.preflight.steps import Steps
 from kd_det.workbench import Side, latency, macs, side_model
 
 _PARTS = ("data", "student", "teacher", "losses", "backward")
-_CROP = 256  # pixels; a forward in half precision can be very slow on a CPU
+# A forward in half precision can take minutes on a CPU that cannot do it.
+_CROP = 128  # pixels
 _LONG = 0.5  # seconds of a forward that is measured once
 
 
@@ -127,12 +128,17 @@ def _half_precision(context: Context, steps: Steps) -> tuple[float | None, str]:
 
     def seconds(enabled: bool) -> float:
         with evaluating(part), torch.autocast(x.device.type, dtype, enabled=enabled):
-            part(x)  # the first forward of a kind takes longer
-            start = now(context.device)
-            part(x)
-            return now(context.device) - start
+            # The first forward of a kind takes longer.
+            first = _forward_seconds(part, x, context.device)
+            return first if first > _LONG else _forward_seconds(part, x, context.device)
 
     return seconds(True) / seconds(False), str(dtype).removeprefix("torch.")
+
+
+def _forward_seconds(part: nn.Module, x: Tensor, device: str) -> float:
+    start = now(device)
+    part(x)
+    return now(device) - start
 
 
 def _models(section: Section, context: Context) -> None:
