@@ -126,7 +126,7 @@ class ReviewKDLoss(DistillLoss):
     State keys follow the released code: ``abfs.0`` is the *deepest* level.
 
     Raises:
-        KDError: lists of different length.
+        KDError: lists of different length, or an unknown reduction.
     """
 
     from_taps: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels")

@@ -91,7 +91,7 @@ class Study:
         """Baseline, runs, teacher."""
         return self.students + ([self.teacher] if self.teacher else [])
 
-    def comparable(self, group: Group) -> bool:
+    def on_same_data(self, group: Group) -> bool:
         """Whether a group was evaluated on the baseline's data, as far as anybody knows."""
         known = self.baseline.data if self.baseline else set()
         return not known or not group.data or known == group.data
@@ -142,7 +142,7 @@ def collect(runs: Sequence[str], baseline: Sequence[str], teacher: Sequence[str]
             "evaluated on other data than the baseline: nothing is computed from the difference",
         )
         for group in study.everything
-        if not study.comparable(group)
+        if not study.on_same_data(group)
     ]
     return study
 

@@ -46,7 +46,7 @@ def examples(study: Study, best: Headline | None, truths: Truths, build: bool) -
             )
         ]
     runs = {"baseline": pair.baseline, pair.label: pair.run}
-    if study.teacher and study.comparable(study.teacher):
+    if study.teacher and study.on_same_data(study.teacher):
         runs |= zip(["teacher"], _with_predictions(study.teacher, source), strict=False)
     told = Text(f"{pair.run.folder} beside {pair.baseline.folder}.")
     if kind == "accuracy":
@@ -58,7 +58,7 @@ def _choose(study: Study, best: Headline | None, source: Path) -> _Pair | None:
     if study.baseline is None:
         return None
     alone = _with_predictions(study.baseline, source)
-    usable = [group for group in study.groups if study.comparable(group)]
+    usable = [group for group in study.groups if study.on_same_data(group)]
     ordered = sorted(usable, key=lambda group: best is None or group is not best.group)
     for group in ordered:
         for run in _with_predictions(group, source):

@@ -116,7 +116,7 @@ def runs_table(study: Study) -> Table:
 
 def gain_of(study: Study, group: Group, name: str) -> Gain | None:
     """Over the baseline; None for baseline and teacher, and on other data."""
-    if study.baseline is None or group.role in (BASELINE, TEACHER) or not study.comparable(group):
+    if study.baseline is None or group.role in (BASELINE, TEACHER) or not study.on_same_data(group):
         return None
     return gain(group.values(name), study.baseline.values(name))
 
@@ -125,7 +125,7 @@ def recovered_by(study: Study, group: Group, name: str) -> float | None:
     """Share of the teacher-student gap; None for baseline and teacher, and on other data."""
     if study.baseline is None or study.teacher is None or group.role in (BASELINE, TEACHER):
         return None
-    if not (study.comparable(group) and study.comparable(study.teacher)):
+    if not (study.on_same_data(group) and study.on_same_data(study.teacher)):
         return None
     return recovered(group.values(name), study.baseline.values(name), study.teacher.values(name))
 

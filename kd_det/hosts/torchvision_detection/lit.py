@@ -22,8 +22,6 @@ from kd_det.loop.module import DistillationModule
 from kd_det.loop.optim import build_sgd, learning_rate_factor
 from kd_det.losses.base import full_precision
 
-"""torchvision's names of losses that do not begin with ``loss_``: those of dense detectors."""
-
 
 class LitDetector(DistillationModule):
     """Trains a stock detector or a :class:`DistilledDetector`; their state is its only state.
