@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,8 +32,6 @@ BUILD, TEACHER, CLASSES, TAPS, TERMS, COST, EXPORT = TITLES = (
     "Cost",
     "Export",
 )
-logger = logging.getLogger(__name__)
-
 _NEEDS_STEPS = (TAPS, TERMS, COST)
 _STEPS = 0.35  # of Settings.seconds
 _PASSES = 3  # forward and backward, in forwards
@@ -77,8 +75,9 @@ def run_preflight(
             state.work(section)
         except (KDError, FloatingPointError, torch.OutOfMemoryError) as error:
             section.error(_one_line(error))
+        # A run may be broken in ways that nobody thought of; the other sections are still of use.
         except Exception as error:
-            logger.debug("section '%s'", title, exc_info=True)
+            section.data["traceback"] = traceback.format_exc()
             section.error(f"could not be looked at: {type(error).__name__}: {_one_line(error)}")
         section.seconds = time.perf_counter() - start
         report.sections.append(section)

@@ -183,6 +183,10 @@ def test_a_failure_that_nobody_expected_is_an_error_of_its_section(
     assert [f.message for f in report.section("Taps").findings] == ["so far", said]
     assert report.section("Export").findings[0].level == "ok"
     assert said in unescape((tmp_path / "preflight.html").read_text())
+    # Whoever is to mend it needs the place.
+    sections = json.loads((tmp_path / "preflight.json").read_text())["sections"]
+    (taps,) = [section for section in sections if section["title"] == "Taps"]
+    assert "in fail_inside" in taps["data"]["traceback"]
 
 
 @pytest.fixture
