@@ -4,13 +4,13 @@ The core needs torch and fvcore only; everything that knows a framework is in
 :mod:`kd_det.hosts` and is imported on demand.
 """
 
-import kd_det.losses
-import kd_det.schedules  # noqa: F401  (fills the registry)
-from kd_det.checks import KDError
-from kd_det.distiller import Distiller, tap_specs
-from kd_det.registry import LOSSES, SCHEDULES
-from kd_det.taps import Tap, TapRecorder
-from kd_det.teacher import FrozenTeacher
+import kd_det.core.schedules
+import kd_det.losses  # noqa: F401  (fills the registry)
+from kd_det.core.distiller import Distiller, tap_specs
+from kd_det.core.errors import KDError
+from kd_det.core.registry import LOSSES, SCHEDULES
+from kd_det.core.taps import Tap, TapRecorder
+from kd_det.core.teacher import FrozenTeacher
 
 __version__ = "0.1.0"
 

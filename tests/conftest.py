@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from kd_det.checks import KDError
+from kd_det.core.errors import KDError
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Processes that share the cores must not each start as many threads: they would wait for one

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import kd_det.losses  # noqa: F401  registers them
-from kd_det.config import load_yaml
-from kd_det.registry import LOSSES
+from kd_det.core.registry import LOSSES
+from kd_det.run.config import load_yaml
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 # What divides the sum of a loss, by the name of the argument.

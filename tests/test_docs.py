@@ -16,11 +16,11 @@ import yaml
 from torch import nn
 
 from kd_det import LOSSES
-from kd_det.config import literal, merge_config
+from kd_det.core.terms import parse_terms
 from kd_det.hosts.classification import config as classification
 from kd_det.hosts.torchvision_detection import config as torchvision_detection
-from kd_det.stages import read_plan
-from kd_det.terms import parse_terms
+from kd_det.run.config import literal, merge_config
+from kd_det.run.plan import read_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_det.checks import KDError, fail
+from kd_det.core.errors import KDError, fail
 
 #: Keys without a counterpart: the classifiers, MobileNetV2's 1x1 expansion in front of its own,
 #: and the batch counters that frozen norms lack and running norms need not be given.

@@ -20,8 +20,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kd_det.json_lines import read_json_lines
 from kd_det.report.stats import gain, spread
+from kd_det.run.json_lines import read_json_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 DETECTION = {

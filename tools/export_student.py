@@ -9,8 +9,8 @@ import argparse
 import importlib
 import sys
 
-from kd_det.checks import KDError
-from kd_det.cli import load_config
+from kd_det.core.errors import KDError
+from kd_det.hosts.base import load_config
 
 
 def main() -> int:

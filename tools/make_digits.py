@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kd_det.checks import KDError
-from kd_det.data.digits import DigitsSpec, contact_sheet, write_digits
+from kd_det.core.errors import KDError
+from kd_det.data.digits.detection import DigitsSpec, contact_sheet, write_digits
 from kd_det.data.subset_json import write_subset
 
 Paths = dict[str, tuple[Path, Path]]

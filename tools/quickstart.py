@@ -5,8 +5,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from kd_det.checks import KDError
-from kd_det.cli import require_detectron2
+from kd_det.core.errors import KDError
+from kd_det.hosts.base import require_detectron2
 
 
 def main() -> int:
@@ -20,7 +20,7 @@ def main() -> int:
     try:
         if args.host == "detectron2":
             require_detectron2()
-        from kd_det.quickstart.run import quickstart
+        from kd_det.app.quickstart.run import quickstart
 
         quickstart(args.host, args.output, args.opts)
     except KDError as error:

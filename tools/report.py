@@ -6,7 +6,7 @@ One HTML page and the same as Markdown, from what runs leave on disk, on every h
 
 import sys
 
-from kd_det.report.cli import main
+from kd_det.app.report import main
 
 if __name__ == "__main__":
     sys.exit(main())

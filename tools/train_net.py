@@ -6,7 +6,7 @@ Runs every host, and under ``torchrun`` too.
 
 import sys
 
-from kd_det.cli import main
+from kd_det.app.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,7 +6,7 @@ Maps, attention, masks, RoIs, graphs and logits of teacher and student, on every
 
 import sys
 
-from kd_det.visualize.cli import main
+from kd_det.app.visualize import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,7 +17,10 @@ from kd_det import LOSSES
 INDEX = "methods/index"
 PAGES = Path(__file__).resolve().parents[1] / "methods"
 # What is no loss but wraps any: its page, and the module that opens with its paper.
-PROCEDURES = {"KCD": ("kcd", "kd_det.condensation"), "UNIX": ("unix", "kd_det.unix")}
+PROCEDURES = {
+    "KCD": ("kcd", "kd_det.procedures.kcd.condensation"),
+    "UNIX": ("unix", "kd_det.procedures.unix"),
+}
 
 _PAPER = re.compile(r"(?:[\w-]+: )?(?P<what>[^(]+) \((?P<paper>.*?)(?:, (?P<link>https\S+))?\)[.,]")
 _TITLE = re.compile('"(.*?)"')

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kd_det.balance.base import Balance, MeasuredBalance
 from kd_det.balance.gradient_share import GradientShare, check_shares
 from kd_det.balance.gradnorm import GradNorm
+from kd_det.balance.measured import MeasuredBalance
 from kd_det.balance.uncertainty import Uncertainty
-from kd_det.checks import check_known, fail
-from kd_det.terms import Term
+from kd_det.core.balance import Balance
+from kd_det.core.errors import check_known, fail
+from kd_det.core.terms import Term
 
 SCHEMES: dict[str, Callable[[Any, Sequence[Term]], Balance | None]] = {
     "none": lambda node, terms: None,

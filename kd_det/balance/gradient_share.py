@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kd_det.balance.base import MeasuredBalance
-from kd_det.checks import check_known, fail
-from kd_det.terms import Term
+from kd_det.balance.measured import MeasuredBalance
+from kd_det.core.errors import check_known, fail
+from kd_det.core.terms import Term
 
 # How far back norms are averaged, in iterations and in measurements, whichever is longer. A
 # batch's norm is off by tens of percent, and early in a run norms change tenfold within some

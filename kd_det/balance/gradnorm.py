@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kd_det.balance.base import MeasuredBalance, check_signs
-from kd_det.checks import fail
-from kd_det.shares import mean_over_processes
-from kd_det.terms import Term
+from kd_det.balance.measured import MeasuredBalance, check_signs
+from kd_det.balance.shares import mean_over_processes
+from kd_det.core.errors import fail
+from kd_det.core.terms import Term
 
 
 class GradNorm(MeasuredBalance):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kd_det.balance.base import MeasuredBalance, check_signs
-from kd_det.terms import Term
+from kd_det.balance.measured import MeasuredBalance, check_signs
+from kd_det.core.terms import Term
 
 
 class Uncertainty(MeasuredBalance):

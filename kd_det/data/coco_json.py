@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kd_det.checks import fail
+from kd_det.core.errors import fail
 
 NAMED_OFFENDERS = 5
 # Annotators draw boxes past the border by a fraction of a pixel; COCO itself has such boxes.

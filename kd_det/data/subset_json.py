@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_det.checks import check_known, fail
+from kd_det.core.errors import check_known, fail
 from kd_det.data.coco_json import category_names
 
 

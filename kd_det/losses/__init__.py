@@ -1,21 +1,15 @@
 """Distillation losses: one paper, one file. Each sees tensors only."""
 
+from kd_det.core.loss import DistillLoss, TapSpec
 from kd_det.losses.at import ATLoss, at_loss, attention_map
-from kd_det.losses.base import DistillLoss, TapSpec
 from kd_det.losses.fgfi import FGFILoss, fgfi_mask, imitation_loss
 from kd_det.losses.fitnet import FitNetLoss, hint_loss
 from kd_det.losses.fsp import FSPLoss, fsp_loss, fsp_matrix
-from kd_det.losses.irg import IRGLoss, IRGMovementLoss, MTKLoss
-from kd_det.losses.irg_graph import (
-    edge_loss,
-    edge_matrix,
-    movement,
-    movement_loss,
-    vertex_loss,
-)
+from kd_det.losses.irg.graph import edge_loss, edge_matrix, movement, movement_loss, vertex_loss
+from kd_det.losses.irg.loss import IRGLoss, IRGMovementLoss, MTKLoss
 from kd_det.losses.kd import KDLoss, kd_loss
-from kd_det.losses.mhgd import MHGDLoss, mhgd_loss
-from kd_det.losses.prestage import PreStageLoss
+from kd_det.losses.mhgd.loss import MHGDLoss, mhgd_loss
+from kd_det.losses.mhgd.pre_training import PreStageLoss
 from kd_det.losses.reviewkd import ReviewKDLoss, hcl_loss
 from kd_det.losses.rocket import RocketLoss, rocket_hint
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kd_det.checks import check_choice, check_same_length, fail
-from kd_det.losses.base import DistillLoss, full_precision, no_autocast, zero_in_graph
-from kd_det.registry import LOSSES
+from kd_det.core.errors import check_choice, check_same_length, fail
+from kd_det.core.loss import DistillLoss
+from kd_det.core.numerics import full_precision, no_autocast, zero_in_graph
+from kd_det.core.registry import LOSSES
 
 MODES = ("code", "paper")
 _EPS = 1e-12  # of F.normalize, as in the authors' code: an all-zero map stays zero

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kd_det.adaptors import batch_norm, resize_nearest
-from kd_det.checks import check_channels, check_choice, check_same_length, check_same_shape, fail
-from kd_det.losses.base import (
-    DistillLoss,
-    TapSpec,
-    full_precision,
-    no_autocast,
-    zero_in_graph,
+from kd_det.core.adaptors import batch_norm, resize_nearest
+from kd_det.core.errors import (
+    check_channels,
+    check_choice,
+    check_same_length,
+    check_same_shape,
+    fail,
 )
-from kd_det.registry import LOSSES
+from kd_det.core.loss import DistillLoss, TapSpec
+from kd_det.core.numerics import full_precision, no_autocast, zero_in_graph
+from kd_det.core.registry import LOSSES
 
 _POOL_SIZES = (4, 2, 1)
 

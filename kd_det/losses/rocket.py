@@ -13,15 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kd_det.checks import check_choice, check_same_length, check_same_shape, fail
-from kd_det.losses.base import (
-    DistillLoss,
-    TapSpec,
-    full_precision,
-    no_autocast,
-    zero_in_graph,
-)
-from kd_det.registry import LOSSES
+from kd_det.core.errors import check_choice, check_same_length, check_same_shape, fail
+from kd_det.core.loss import DistillLoss, TapSpec
+from kd_det.core.numerics import full_precision, no_autocast, zero_in_graph
+from kd_det.core.registry import LOSSES
 
 REDUCTIONS = ("batchmean", "mean")
 Reduction = Literal["batchmean", "mean"]

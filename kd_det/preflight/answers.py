@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from kd_det.workbench import Detections, Side, Workbench
+from kd_det.bench.workbench import Detections, Side, Workbench
 
 _MATCH_IOU = 0.5
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
+from kd_det.bench.workbench import Side, Workbench
 from kd_det.preflight.answers import Answer, Example
 from kd_det.preflight.steps import Steps
-from kd_det.workbench import Side, Workbench
 
 
 @dataclass(frozen=True)

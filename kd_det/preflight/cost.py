@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_det.inspection import evaluating
+from kd_det.bench.looks import evaluating
+from kd_det.bench.workbench import Side, latency, macs, side_model
 from kd_det.preflight.budget import Stopwatch, now
 from kd_det.preflight.context import Context
 from kd_det.preflight.findings import Section, counted
 from kd_det.preflight.steps import Steps
-from kd_det.workbench import Side, latency, macs, side_model
 
 _PARTS = ("data", "student", "teacher", "losses", "backward")
 # A forward in half precision can take minutes on a CPU that cannot do it.

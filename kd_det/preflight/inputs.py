@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd_det.bench.workbench import PixelInput
 from kd_det.preflight.answers import Answer, agreed, truth_confidence
-from kd_det.workbench import PixelInput
 
 _IMAGENET_MEAN = (123.675, 116.28, 103.53)
 _IMAGENET_STD = (58.395, 57.12, 57.375)

@@ -10,8 +10,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from kd_det.checks import fail
-from kd_det.files import replace_text, writable_folder
+from kd_det.core.errors import fail
+from kd_det.core.files import replace_text, writable_folder
 from kd_det.preflight.findings import Preflight
 
 HTML, JSON, PICTURE = FILES = ("preflight.html", "preflight.json", "teacher.png")

@@ -9,9 +9,9 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from kd_det.drawing.detections import MIN_SCORE, annotated
+from kd_det.bench.workbench import Detections
+from kd_det.document.detections import MIN_SCORE, annotated
 from kd_det.preflight.answers import Answer, Example
-from kd_det.workbench import Detections
 
 _CELL = 2.6  # inches
 

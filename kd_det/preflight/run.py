@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from fvcore.common.config import CfgNode
 
-from kd_det.checks import KDError, fail
+from kd_det.bench.workbench import Side, open_workbench
+from kd_det.core.errors import KDError, fail
 from kd_det.preflight.budget import affordable, timed
 from kd_det.preflight.classes import inspect_classes
 from kd_det.preflight.context import Context, Settings
@@ -21,7 +22,6 @@ from kd_det.preflight.steps import Steps, take_steps
 from kd_det.preflight.taps import inspect_taps
 from kd_det.preflight.teacher import inspect_teacher
 from kd_det.preflight.terms import inspect_terms
-from kd_det.workbench import Side, open_workbench
 
 BUILD, TEACHER, CLASSES, TAPS, TERMS, COST, EXPORT = TITLES = (
     "Build",
@@ -54,7 +54,7 @@ def run_preflight(
     says so.
 
     Args:
-        cfg: as :func:`kd_det.cli.load_config` reads it.
+        cfg: as :func:`kd_det.hosts.base.load_config` reads it.
         settings: how far to look.
         picture: file for the picture of what the teacher sees; None draws none.
         begin: called with the title of each section before it is worked on.

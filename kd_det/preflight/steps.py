@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd_det.inspection import evaluating
+from kd_det.balance.shares import TASK, gradient_norms
+from kd_det.bench.looks import evaluating
+from kd_det.bench.workbench import Workbench
 from kd_det.preflight.budget import Stopwatch, within
-from kd_det.shares import TASK, gradient_norms
-from kd_det.workbench import Workbench
 
 _LOSS_SCALE = 1024.0  # of half-precision losses in the step's backward pass, as in training
 _MIB = 2**20

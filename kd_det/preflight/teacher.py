@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from kd_det.checkpoint import read_weights
-from kd_det.inspection import translation
+from kd_det.bench.workbench import PixelInput, Side, parameters, side_model
+from kd_det.core.checkpoint import read_weights
 from kd_det.preflight.answers import Answer, ask, examples, truth_confidence
 from kd_det.preflight.budget import Stopwatch, affordable, within
 from kd_det.preflight.context import Context
 from kd_det.preflight.findings import Section, counted
 from kd_det.preflight.inputs import Better, alternatives, describe, find_better, oddities, sees
 from kd_det.preflight.picture import draw_answers
-from kd_det.record import sha256
-from kd_det.workbench import PixelInput, Side, parameters, side_model
+from kd_det.run.class_names import translation
+from kd_det.run.record import sha256
 
 # Of Settings.seconds: asking the teacher, asking it under other inputs, evaluating both sides.
 _ASK, _TRY, _EVALUATE = 0.15, 0.2, 0.25

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kd_det.checks import KDError
+from kd_det.core.errors import KDError
 
 Tone = Literal["", "good", "bad", "muted", "strong"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kd_det.files import writable_folder
+from kd_det.core.files import writable_folder
 from kd_det.report import sections
 from kd_det.report.blocks import Block, Section, Text, describe
 from kd_det.report.cost import Measured, measure_all

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kd_det.checks import fail
+from kd_det.core.errors import fail
 from kd_det.report.blocks import Block, Gallery, Picture, Table, Text, row
 from kd_det.report.examples import encoded
 

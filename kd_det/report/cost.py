@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from kd_det.checks import fail
-from kd_det.cli import load_config
+from kd_det.bench.workbench import Workbench, latency, macs, open_workbench, parameters
+from kd_det.core.errors import fail
+from kd_det.hosts.base import load_config
 from kd_det.report.blocks import describe
 from kd_det.report.groups import Group, Study
 from kd_det.report.runs import CONFIG, Run
-from kd_det.workbench import Workbench, latency, macs, open_workbench, parameters
 
 # What decides the deployed model and the size of its images; where its weights come from does not.
 _DEPLOYED = ("HOST", "MODEL.", "INPUT.", "TEST.")
@@ -91,7 +91,8 @@ def open_plain(run: Run) -> Workbench:
     """The model of a run with its final weights, without teacher and terms.
 
     Raises:
-        KDError: see :func:`kd_det.cli.load_config` and :func:`kd_det.workbench.open_workbench`.
+        KDError: see :func:`kd_det.hosts.base.load_config` and
+        :func:`kd_det.bench.workbench.open_workbench`.
     """
     config, weights = run.file(CONFIG), run.weights()
     if config is None or weights is None:

@@ -12,11 +12,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-from kd_det.drawing.detections import annotated
+from kd_det.bench.workbench import Detections
+from kd_det.document.detections import annotated
 from kd_det.report.blocks import Picture
 from kd_det.report.matching import Annotation, Found, ranked
 from kd_det.report.truth import Truth
-from kd_det.workbench import Detections
 
 SHOWN = 4  # images in each direction
 _WIDEST = 640  # pixels; larger images are made smaller

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kd_det.checks import fail
+from kd_det.core.errors import fail
 from kd_det.report.blocks import describe
 from kd_det.report.runs import Run, read_run
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import kd_det
-from kd_det.files import replace_text
+from kd_det.core.files import replace_text
 from kd_det.report.blocks import Figure, Gallery, Picture, Section
 
 PAGE, MARKDOWN, PICTURES = "report.html", "report.md", "report_pictures"

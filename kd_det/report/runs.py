@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kd_det.checks import KDError
-from kd_det.config import literal, load_yaml
-from kd_det.record import FAILED, FILE, RUNNING, read_record
+from kd_det.core.errors import KDError
 from kd_det.report.metrics import Curves, read_metrics
-from kd_det.stages import FINAL, RESULTS
-from kd_det.tags import curve_tag
+from kd_det.run.config import literal, load_yaml
+from kd_det.run.curves import curve_tag
+from kd_det.run.plan import FINAL, RESULTS
+from kd_det.run.record import FAILED, FILE, RUNNING, read_record
 
 PREDICTIONS = Path("inference") / "coco_instances_results.json"
 CLASSIFIED = Path("inference") / "predictions.json"
@@ -129,7 +129,7 @@ class Run:
         return sorted(named & set(self.curves))
 
     def tagged(self) -> dict[str, dict[int, float]]:
-        """The curves by the names that all hosts share; see :mod:`kd_det.tags`."""
+        """The curves by the names that all hosts share; see :mod:`kd_det.run.curves`."""
         return {curve_tag(name, self.terms): points for name, points in self.curves.items()}
 
     def weights(self) -> Path | None:

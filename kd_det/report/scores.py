@@ -13,7 +13,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from kd_det.checks import fail
+from kd_det.core.errors import fail
 from kd_det.report.truth import Truth
 
 # Positions in COCOeval's table of precisions [T, R, K, A, M]: IoU thresholds 0.50, 0.55, ..., 0.95;

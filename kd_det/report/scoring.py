@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from kd_det.checks import KDError
+from kd_det.core.errors import KDError
 from kd_det.report.blocks import describe
 from kd_det.report.classified import accuracy, read_answers
 from kd_det.report.runs import CLASSIFIED, PREDICTIONS, Run
 from kd_det.report.scores import detection_scores, read_predictions
 from kd_det.report.truth import Truth, find_truth
-from kd_det.stages import RESULTS
+from kd_det.run.plan import RESULTS
 
 # Evaluators round differently; predictions of other weights differ by more. In percent.
 _SAME = 0.1

@@ -19,7 +19,7 @@ from kd_det.report.tables import (
     runs_table,
     scores_table,
 )
-from kd_det.tags import GROUPS
+from kd_det.run.curves import GROUPS
 
 _NAMED = 4
 _VALIDATION = ("bbox/AP", "segm/AP", "accuracy/top1")

@@ -13,9 +13,9 @@ from typing import Any
 
 from pycocotools.coco import COCO
 
-from kd_det.checks import fail
-from kd_det.data.digits import digits_paths
-from kd_det.runs import data_root
+from kd_det.core.errors import fail
+from kd_det.data.catalogue import data_root
+from kd_det.data.digits.detection import digits_paths
 
 _COCO = re.compile(r"coco_(\d{4})_(train|val)")
 

@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode
 
-from kd_det import cli
-from kd_det.checks import check_known, fail
-from kd_det.config import read_host
+from kd_det.app import train as cli
+from kd_det.core.errors import check_known, fail
+from kd_det.run.config import read_host
 from kd_det.tuning.space import Space, as_text
 
 OWN_KEYS = ("OUTPUT_DIR", "SEED", "SEEDS")
@@ -30,7 +30,7 @@ def load_config(
     """The config of a run, read and checked as its host does.
 
     Raises:
-        KDError: see :func:`kd_det.config.merge_config`.
+        KDError: see :func:`kd_det.run.config.merge_config`.
     """
     opts = [part for key, value in (values or {}).items() for part in (key, as_text(value))]
     return cli.load_config(config_file, [*overrides, *opts])

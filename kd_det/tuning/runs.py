@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_det.checks import KDError, fail, nearest
+from kd_det.core.errors import KDError, fail, nearest
 from kd_det.tuning.space import as_text
 
 TRAIN_NET = Path(__file__).resolve().parents[2] / "tools" / "train_net.py"

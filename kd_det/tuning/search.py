@@ -15,7 +15,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState
 
-from kd_det.checks import fail
+from kd_det.core.errors import fail
 from kd_det.tuning.runs import RunError
 from kd_det.tuning.space import Space, as_text
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 
-from kd_det.checks import check_choice, fail
+from kd_det.core.errors import check_choice, fail
 
 SAMPLERS = ("grid", "tpe", "random")
 

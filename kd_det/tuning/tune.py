@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from kd_det.checks import fail
+from kd_det.core.errors import fail
 from kd_det.tuning.plan import (
     check_metric,
     check_search,

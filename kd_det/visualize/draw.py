@@ -10,13 +10,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from kd_det.detection_terms import BOX_TAPS
+from kd_det.core.terms import Term
+from kd_det.hosts.detection.terms import BOX_TAPS
 from kd_det.losses.at import ATLoss
 from kd_det.losses.fgfi import FGFILoss, fgfi_mask
-from kd_det.losses.irg import IRGLoss, MTKLoss
-from kd_det.losses.irg_graph import edge_matrix
-from kd_det.losses.mhgd import MHGDLoss
-from kd_det.terms import Term
+from kd_det.losses.irg.graph import edge_matrix
+from kd_det.losses.irg.loss import IRGLoss, MTKLoss
+from kd_det.losses.mhgd.loss import MHGDLoss
 from kd_det.visualize.graphs import Nodes, edge_grid, head_grid
 from kd_det.visualize.logits import Head, class_grid, head_labels, roi_grid
 from kd_det.visualize.maps import attention_grid, feature_grid, mask_grid

@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 from torchvision.ops import nms
 
-from kd_det.losses.base import full_precision
+from kd_det.core.numerics import full_precision
 from kd_det.losses.kd import kd_loss
 from kd_det.visualize.canvas import COLOURS, SIDES, new_figure, show_picture
 from kd_det.visualize.pixels import Pictures

@@ -13,8 +13,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 from torch.nn import functional as F
 
+from kd_det.core.numerics import full_precision
 from kd_det.losses.at import attention_map
-from kd_det.losses.base import full_precision
 from kd_det.visualize.canvas import (
     SIDES,
     Grid,

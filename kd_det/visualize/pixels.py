@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from kd_det.checks import fail
-from kd_det.workbench import PixelInput
+from kd_det.bench.workbench import PixelInput
+from kd_det.core.errors import fail
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from pathlib import Path
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from kd_det.checks import fail
-from kd_det.cli import load_config
-from kd_det.config import read_terms
-from kd_det.files import writable_folder
+from kd_det.bench.workbench import Workbench, open_workbench
+from kd_det.core.errors import fail
+from kd_det.core.files import writable_folder
+from kd_det.hosts.base import load_config
+from kd_det.run.config import read_terms
 from kd_det.visualize.draw import draw
 from kd_det.visualize.pixels import read_pictures
 from kd_det.visualize.subject import find_subject
 from kd_det.visualize.watch import Recording, Subject, watching
-from kd_det.workbench import Workbench, open_workbench
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ import importlib
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from kd_det.distiller import Distiller
-from kd_det.taps import Tap
+from kd_det.bench.workbench import PixelInput
+from kd_det.core.distiller import Distiller
+from kd_det.core.taps import Tap
 from kd_det.visualize.watch import Subject
-from kd_det.workbench import PixelInput
 
 #: Modules that pool a student's sampled boxes, of Detectron2 and of torchvision.
 _BOX_POOLERS = ("roi_heads.box_pooler", "roi_heads.box_roi_pool")

@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from kd_det.distiller import Distiller
-from kd_det.taps import Tap
-from kd_det.terms import Term
+from kd_det.bench.workbench import PixelInput
+from kd_det.core.distiller import Distiller
+from kd_det.core.taps import Tap
+from kd_det.core.terms import Term
 from kd_det.visualize.pixels import Pictures, seen_pictures
-from kd_det.workbench import PixelInput
 
 Values = Mapping[str, Tensor | list[Tensor]]
 

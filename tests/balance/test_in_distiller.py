@@ -12,8 +12,8 @@ from torch import nn
 
 from kd_det import Distiller
 from kd_det.balance import MeasuredBalance, Uncertainty, build_balance
-from kd_det.config import add_kd_config
 from kd_det.losses import TapSpec
+from kd_det.run.config import add_kd_config
 from tests.balance.toy import terms
 
 SPECS = {"map": TapSpec(3), "logits": TapSpec(5)}

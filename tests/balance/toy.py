@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from kd_det.terms import Term
+from kd_det.core.terms import Term
 
 
 def terms(**weights):

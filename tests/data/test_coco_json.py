@@ -8,7 +8,7 @@ import logging
 
 import pytest
 
-from kd_det.checks import KDError
+from kd_det.core.errors import KDError
 from kd_det.data.coco_json import NAMED_OFFENDERS, check_coco_json
 
 GOOD = {

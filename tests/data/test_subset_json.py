@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kd_det.data.coco_json import category_names, check_coco_json
-from kd_det.data.digits import DigitsSpec, write_digits
+from kd_det.data.digits.detection import DigitsSpec, write_digits
 from kd_det.data.subset_json import write_subset
 
 REPOSITORY = Path(__file__).resolve().parents[2]

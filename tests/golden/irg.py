@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kd_det.losses import MTKLoss, edge_loss, edge_matrix, movement, movement_loss, vertex_loss
-from kd_det.losses.irg_graph import pool_nodes
+from kd_det.losses.irg.graph import pool_nodes
 from tests.golden.reader import Golden
 
 

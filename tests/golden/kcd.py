@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kd_det.condensation import Condensation
-from kd_det.ledger import SampleLedger, logit_entropy, rank
+from kd_det.core.numerics import logit_entropy
 from kd_det.losses import kd_loss
-from kd_det.selection import blend_ratios, kcd_cost, keep_counts, partition
-from kd_det.subset import RecipeDataset
-from kd_det.unix import unix_cost
+from kd_det.procedures.kcd.condensation import Condensation
+from kd_det.procedures.kcd.ledger import SampleLedger, rank
+from kd_det.procedures.kcd.sampler import RecipeDataset
+from kd_det.procedures.kcd.selection import blend_ratios, kcd_cost, keep_counts, partition
+from kd_det.procedures.unix import unix_cost
 from tests.golden.reader import Golden
 
 

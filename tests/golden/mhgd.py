@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from kd_det.losses import MHGDLoss, mhgd_loss
-from kd_det.losses.mhgd import _NORM_EPS, AttentionModule
-from kd_det.losses.singular import (
+from kd_det.losses.mhgd.loss import _NORM_EPS, AttentionModule
+from kd_det.losses.mhgd.singular import (
     TOLERANCE,
     direction_gradient,
     dominant_directions,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kd_det.ledger import descending
+from kd_det.core.numerics import descending
 from kd_det.losses import kd_loss
-from kd_det.unix import UnixMixup, mix, mixup_weights, uncertainty, unix_task_loss
+from kd_det.procedures.unix import UnixMixup, mix, mixup_weights, uncertainty, unix_task_loss
 from tests.golden.reader import Golden
 
 

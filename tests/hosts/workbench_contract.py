@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kd_det.workbench import Workbench, latency, macs, parameters, side_model
+from kd_det.bench.workbench import Workbench, latency, macs, parameters, side_model
 
 
 def state_of(bench: Workbench) -> dict[str, Any]:

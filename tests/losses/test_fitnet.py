@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from kd_det.adaptors import ConvAdaptor
-from kd_det.checks import KDError
+from kd_det.core.adaptors import ConvAdaptor
+from kd_det.core.errors import KDError
 from kd_det.losses import FitNetLoss, TapSpec, hint_loss
 from tests import slow
 

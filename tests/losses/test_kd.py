@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from kd_det.checks import KDError
+from kd_det.core.errors import KDError
 from kd_det.losses import KDLoss, TapSpec, kd_loss
 
 SIGMOID = {"activation": "sigmoid"}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from kd_det.checks import KDError
+from kd_det.core.errors import KDError
 from kd_det.losses import ReviewKDLoss, TapSpec, hcl_loss
 from tests import slow
 

@@ -12,9 +12,9 @@ pytest.importorskip("detectron2")
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
+from kd_det.bench.workbench import open_workbench
 from kd_det.hosts.detectron2.train import load_cfg
 from kd_det.preflight import Settings, run_preflight
-from kd_det.workbench import open_workbench
 from tests.preflight import squares
 
 pytestmark = pytest.mark.detectron2

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kd_det.bench.workbench import PixelInput
 from kd_det.hosts.torchvision_detection.config import load_config
 from kd_det.hosts.torchvision_detection.models import build_model
 from kd_det.preflight.answers import Answer, agreed, confusion, truth_confidence
 from kd_det.preflight.inputs import CONVENTIONS, alternatives, find_better, oddities, sees
-from kd_det.workbench import PixelInput
 from tests.preflight import squares
 
 RGB = PixelInput("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375), 255, 32)

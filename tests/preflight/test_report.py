@@ -13,9 +13,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from kd_det.app import preflight as preflight_cli
+from kd_det.app.preflight import main
 from kd_det.preflight import Preflight, Section, Settings, Table, budget, preflight, require, run
-from kd_det.preflight import cli as preflight_cli
-from kd_det.preflight.cli import main
 from kd_det.preflight.page import FILES, prepare_folder, write_report
 from kd_det.preflight.run import TITLES
 from kd_det.preflight.terms import proposed_weight

@@ -11,11 +11,11 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from kd_det.config import add_kd_config
 from kd_det.preflight.context import Settings
 from kd_det.preflight.findings import Section
 from kd_det.preflight.steps import Step, Steps, TermValues, _Watch
 from kd_det.preflight.terms import inspect_terms
+from kd_det.run.config import add_kd_config
 from tests.balance.toy import terms
 
 

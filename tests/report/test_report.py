@@ -14,7 +14,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from kd_det.report.cli import main
+from kd_det.app.report import main
 from kd_det.report.groups import collect
 from kd_det.report.summary import facts, headline, sentences
 from tests.report.made_up import (

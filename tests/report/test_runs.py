@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kd_det.checks import KDError
+from kd_det.core.errors import KDError
 from kd_det.report.groups import collect
 from kd_det.report.runs import percentages, read_run
 from kd_det.report.tables import gain_of, recovered_by

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from kd_det.checks import KDError
+from kd_det.core.errors import KDError
 from kd_det.tuning import runs
 from kd_det.tuning.runs import RunError, TrainNet
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kd_det.checks import KDError
+from kd_det.core.errors import KDError
 from kd_det.tuning import greedy_search
 from kd_det.tuning.runs import RunError
 from kd_det.tuning.space import make_space

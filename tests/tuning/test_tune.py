@@ -14,8 +14,9 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from PIL import Image
 
-from kd_det.data.digits import DigitsSpec, write_digits
-from kd_det.tuning import cli, tune
+from kd_det.app import tune as cli
+from kd_det.data.digits.detection import DigitsSpec, write_digits
+from kd_det.tuning import tune
 from kd_det.tuning.plan import load_config
 from kd_det.tuning.space import make_space
 from tests.tuning.toy import CONFIG, DECADES, FIRST, ROOT, SECOND, Toy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kd_det.data.digits import DigitsSpec, write_digits
+from kd_det.data.digits.detection import DigitsSpec, write_digits
 from kd_det.visualize.pixels import Pictures
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from kd_det import Distiller
-from kd_det.losses.base import TapSpec
-from kd_det.taps import Tap
+from kd_det.bench.workbench import PixelInput
+from kd_det.core.loss import TapSpec
+from kd_det.core.taps import Tap
 from kd_det.visualize.draw import draw
 from kd_det.visualize.watch import Subject, watching
-from kd_det.workbench import PixelInput
 from tests.hosts.torchvision_detection.models import LEVELS, batch, distilled
 
 PIXELS = PixelInput("RGB", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), scale=1, divisor=32)

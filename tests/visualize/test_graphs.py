@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kd_det.losses.irg_graph import edge_matrix
+from kd_det.losses.irg.graph import edge_matrix
 from kd_det.visualize.canvas import to_pixels
 from kd_det.visualize.graphs import Nodes, edge_grid, head_grid
 

@@ -11,13 +11,13 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from kd_det.bench.workbench import open_workbench
 from kd_det.hosts.detectron2.datasets import register_datasets
 from kd_det.hosts.detectron2.train import run
 from kd_det.visualize.draw import draw
 from kd_det.visualize.run import visualize
 from kd_det.visualize.subject import find_subject
 from kd_det.visualize.watch import watching
-from kd_det.workbench import open_workbench
 from tests.hosts.detectron2.models import all_terms, batch, build, distilled_cfg, write_teacher
 
 pytestmark = pytest.mark.detectron2

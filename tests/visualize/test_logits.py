@@ -8,14 +8,7 @@ from matplotlib.patches import Rectangle
 
 from kd_det.losses.kd import kd_loss
 from kd_det.visualize.canvas import to_pixels
-from kd_det.visualize.logits import (
-    ROIS,
-    Head,
-    class_grid,
-    disputed_rois,
-    head_labels,
-    roi_grid,
-)
+from kd_det.visualize.logits import ROIS, Head, class_grid, disputed_rois, head_labels, roi_grid
 
 
 def random_boxes(count, generator):

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from kd_det.bench.workbench import PixelInput
 from kd_det.visualize.pixels import read_pictures, seen_pictures
-from kd_det.workbench import PixelInput
 
 RGB = PixelInput("RGB", (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), scale=1, divisor=32)
 BGR = PixelInput("BGR", (103.53, 116.28, 123.675), (57.375, 57.12, 58.395), scale=255, divisor=32)

@@ -8,7 +8,7 @@ import sys
 import pytest
 from PIL import Image
 
-from kd_det.visualize.cli import main
+from kd_det.app.visualize import main
 from kd_det.visualize.run import visualize
 from tests.hosts.classification.conftest import TEACHER
 

@@ -10,10 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kd_det.balance import build_balance
-from kd_det.checkpoint import SUFFIXES, load_distiller, load_student
-from kd_det.checks import fail
-from kd_det.condensation import Condensation
-from kd_det.config import condensation_arguments, is_condensed, read_terms
+from kd_det.core.checkpoint import SUFFIXES, load_distiller, load_student
+from kd_det.core.errors import fail
 from kd_det.hosts.classification.checkpoints import own_names
 from kd_det.hosts.classification.classes import build_class_map
 from kd_det.hosts.classification.data import ClassificationData
@@ -21,7 +19,9 @@ from kd_det.hosts.classification.joint import Booster
 from kd_det.hosts.classification.model import Distillation, DistilledClassifier, Statistics
 from kd_det.hosts.classification.models import build_classifier
 from kd_det.hosts.classification.teacher import build_teacher, num_classes
-from kd_det.unix import UnixMixup
+from kd_det.procedures.kcd.condensation import Condensation
+from kd_det.procedures.unix import UnixMixup
+from kd_det.run.config import condensation_arguments, is_condensed, read_terms
 
 logger = logging.getLogger(__name__)
 

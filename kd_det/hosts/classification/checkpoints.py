@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import DenseNet, GoogLeNet, Inception3
 
-from kd_det.checks import fail
-from kd_det.teacher import load_strict
+from kd_det.core.errors import fail
+from kd_det.core.teacher import load_strict
 
 #: Torchvision's own loader knows this too, but not when it is given a file.
 _DENSENET_NAMES = ((r"(\.denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2."),)
@@ -34,7 +34,7 @@ def load_public(
 
     Args:
         model: from :func:`kd_det.hosts.classification.models.build_classifier`; changed in place.
-        state_dict: tensors by key, as :func:`kd_det.checkpoint.read_weights` gives them.
+        state_dict: tensors by key, as :func:`kd_det.core.checkpoint.read_weights` gives them.
         source: where they come from, for the message.
 
     Raises:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from fvcore.common.config import CfgNode
 
-from kd_det.class_names import given_names, run_class_map
-from kd_det.classes import ClassMap
+from kd_det.core.class_map import ClassMap
+from kd_det.data.catalogue import data_root
 from kd_det.hosts.classification.data import SOURCES
 from kd_det.hosts.classification.taps import LOGITS
 from kd_det.hosts.classification.teacher import num_classes, teacher_config
-from kd_det.runs import data_root
+from kd_det.run.class_names import given_names, run_class_map
 
 
 def class_names(cfg: CfgNode) -> list[str] | None:
@@ -31,6 +31,6 @@ def build_class_map(cfg: CfgNode) -> ClassMap | None:
     """How the teacher's logits become those of the student's classes; None if they are already.
 
     Raises:
-        KDError: see :func:`kd_det.class_names.run_class_map`.
+        KDError: see :func:`kd_det.run.class_names.run_class_map`.
     """
     return run_class_map(cfg, teacher_config(cfg), (LOGITS,), num_classes, class_names)

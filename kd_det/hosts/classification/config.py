@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from fvcore.common.config import CfgNode
 
-from kd_det.checks import check_choice, fail
-from kd_det.config import add_kd_config, merge_config
+from kd_det.core.errors import check_choice, fail
+from kd_det.run.config import add_kd_config, merge_config
 
 CROPS = ("pad", "resized", "none")
 STRATEGIES = ("entropy", "confidence", "margin", "random")
@@ -36,7 +36,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """The defaults with a file and overrides merged in, checked.
 
     Raises:
-        KDError: see :func:`kd_det.config.merge_config` and :func:`check_config`.
+        KDError: see :func:`kd_det.run.config.merge_config` and :func:`check_config`.
     """
     cfg = merge_config(get_cfg(), config_file, opts)
     check_config(cfg)

@@ -20,9 +20,9 @@ from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from kd_det.checks import check_known, fail
-from kd_det.hosts.classification.digits import DigitImages
-from kd_det.runs import data_root
+from kd_det.core.errors import check_known, fail
+from kd_det.data.catalogue import data_root
+from kd_det.data.digits.images import DigitImages
 
 
 @dataclass(frozen=True)

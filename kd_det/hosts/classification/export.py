@@ -6,13 +6,13 @@ from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
-from kd_det import checkpoint
-from kd_det.config import without_distillation
+from kd_det.core import checkpoint
 from kd_det.hosts.classification.build import build_student
+from kd_det.run.config import without_distillation
 
 
 def export_student(cfg: CfgNode, weights: str | Path, output: str | Path) -> tuple[Path, Path]:
-    """Write the stock classifier of a run with ``cfg``; see :mod:`kd_det.checkpoint`."""
+    """Write the stock classifier of a run with ``cfg``; see :mod:`kd_det.core.checkpoint`."""
     stock = stock_config(cfg)
     model = build_student(stock, "", complete=False)
     return checkpoint.export_student(model, weights, stock.dump(), output)

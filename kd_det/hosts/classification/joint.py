@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from kd_det.checks import check_known, fail
+from kd_det.core.errors import check_known, fail
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 

@@ -11,18 +11,17 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from kd_det.condensation import Condensation
-from kd_det.gradients import add_clipped_gradients, clip_factor, transfer_gradients
+from kd_det.balance.clip import add_clipped_gradients, clip_factor, transfer_gradients
+from kd_det.core.numerics import full_precision, logit_entropy
 from kd_det.hosts.classification.build import flops_ratio
 from kd_det.hosts.classification.data import ClassificationData
 from kd_det.hosts.classification.loaders import evaluation_loader, train_loader
 from kd_det.hosts.classification.model import DistilledClassifier
-from kd_det.ledger import logit_entropy
-from kd_det.loop.module import DistillationModule, Results
-from kd_det.loop.optim import build_sgd
-from kd_det.loop.predictions import gather_objects, write_predictions
-from kd_det.losses.base import full_precision
-from kd_det.unix import MixedBatch, UnixMixup, unix_cost
+from kd_det.hosts.lightning.module import DistillationModule, Results
+from kd_det.hosts.lightning.optim import build_sgd
+from kd_det.hosts.lightning.predictions import gather_objects, write_predictions
+from kd_det.procedures.kcd.condensation import Condensation
+from kd_det.procedures.unix import MixedBatch, UnixMixup, unix_cost
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,11 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
-from kd_det.checks import fail
-from kd_det.condensation import Condensation
+from kd_det.core.errors import fail
+from kd_det.core.seeds import keyed_generator
 from kd_det.hosts.classification.data import ClassificationData, augmentation
-from kd_det.subset import RecipeDataset, SubsetSampler, keyed_generator
+from kd_det.procedures.kcd.condensation import Condensation
+from kd_det.procedures.kcd.sampler import RecipeDataset, SubsetSampler
 
 Item = tuple[Tensor, int, int]
 

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kd_det.balance import Balance
-from kd_det.checkpoint import name_keys_as_student
-from kd_det.checks import fail
-from kd_det.classes import ClassMap, map_logits
-from kd_det.distiller import Distiller, tap_specs
+from kd_det.core.checkpoint import name_keys_as_student
+from kd_det.core.class_map import ClassMap, map_logits
+from kd_det.core.distiller import Distiller, tap_specs
+from kd_det.core.errors import fail
+from kd_det.core.numerics import zero_in_graph
+from kd_det.core.taps import TapRecorder
+from kd_det.core.teacher import FrozenTeacher
+from kd_det.core.terms import Term, parse_terms
 from kd_det.hosts.classification.joint import Booster
 from kd_det.hosts.classification.taps import LOGITS, resolve_taps
-from kd_det.losses.base import zero_in_graph
-from kd_det.taps import TapRecorder
-from kd_det.teacher import FrozenTeacher
-from kd_det.terms import Term, parse_terms
-from kd_det.unix import MixedBatch, unix_task_loss
+from kd_det.procedures.unix import MixedBatch, unix_task_loss
 
 CONTEXT = ("targets",)
 TASK_LOSS, BOOSTER_LOSS = "loss_cls", "loss_booster"

@@ -24,9 +24,9 @@ from typing import Any
 from torch import nn
 from torchvision.models import VGG, MobileNetV2, MobileNetV3, ResNet, ShuffleNetV2
 
-from kd_det.checks import fail, nearest
+from kd_det.core.errors import fail, nearest
+from kd_det.core.taps import Tap
 from kd_det.hosts.classification.models.base import CifarNet, stage_taps
-from kd_det.taps import Tap
 
 LOGITS = "logits"
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from fvcore.common.config import CfgNode
 
-from kd_det.checkpoint import SUFFIXES
+from kd_det.core.checkpoint import SUFFIXES
+from kd_det.core.teacher import FrozenTeacher, check_teacher_config, check_teacher_weights
 from kd_det.hosts.classification.config import load_config
 from kd_det.hosts.classification.data import SOURCES, single
 from kd_det.hosts.classification.model import Statistics
 from kd_det.hosts.classification.models import build_classifier
-from kd_det.teacher import FrozenTeacher, check_teacher_config, check_teacher_weights
 
 _EXAMPLE = "configs/classification/digits/teacher_resnet20_x0.5.yaml"
 

@@ -11,29 +11,25 @@ from functools import partial
 import lightning.pytorch as pl
 from fvcore.common.config import CfgNode
 
-from kd_det.checks import fail
-from kd_det.config import is_condensed
-from kd_det.hosts.classification.build import (
-    build_condensation,
-    build_training_model,
-    build_unix,
-)
+from kd_det.core.errors import fail
+from kd_det.hosts.classification.build import build_condensation, build_training_model, build_unix
 from kd_det.hosts.classification.config import check_config, load_config
 from kd_det.hosts.classification.data import ClassificationData
 from kd_det.hosts.classification.lit import LitClassifier
 from kd_det.hosts.classification.loaders import train_loader
 from kd_det.hosts.classification.model import DistilledClassifier
-from kd_det.loop import entry
-from kd_det.loop.module import Results
-from kd_det.loop.pre_stage import load_given_pre_stage, prepare_pre_stage
-from kd_det.loop.progress import RunProgressBar
-from kd_det.loop.run import Run, open_run
-from kd_det.loop.trainer import build_trainer
-from kd_det.tags import CurveTag
+from kd_det.hosts.lightning import entry
+from kd_det.hosts.lightning.module import Results
+from kd_det.hosts.lightning.pre_stage import load_given_pre_stage, prepare_pre_stage
+from kd_det.hosts.lightning.progress import RunProgressBar
+from kd_det.hosts.lightning.run import Run, open_run
+from kd_det.hosts.lightning.trainer import build_trainer
+from kd_det.run.config import is_condensed
+from kd_det.run.curves import CurveTag
 
 
 def main(args: argparse.Namespace) -> Results:
-    """See :func:`kd_det.loop.entry.main`."""
+    """See :func:`kd_det.hosts.lightning.entry.main`."""
     return entry.main(args, load_config, run)
 
 

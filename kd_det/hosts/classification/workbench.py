@@ -1,4 +1,4 @@
-"""A run of this host, built to be looked at; see :class:`kd_det.workbench.Workbench`."""
+"""A run of this host, built to be looked at; see :class:`kd_det.bench.workbench.Workbench`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,17 @@ from torch.utils.data import Subset
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
-from kd_det.distiller import Distiller
+from kd_det.bench.looks import (
+    evaluating,
+    export_problems,
+    load_learned,
+    open_pre_stage,
+    training_losses,
+)
+from kd_det.bench.workbench import PixelInput, Side, Workbench, side_model
+from kd_det.core.distiller import Distiller
+from kd_det.core.taps import Tap
+from kd_det.core.teacher import FrozenTeacher
 from kd_det.hosts.classification.build import (
     build_condensation,
     build_student,
@@ -33,27 +43,15 @@ from kd_det.hosts.classification.lit import LitClassifier
 from kd_det.hosts.classification.loaders import evaluation_loader, train_loader
 from kd_det.hosts.classification.model import DistilledClassifier, Statistics
 from kd_det.hosts.classification.teacher import num_classes, teacher_config
-from kd_det.inspection import (
-    evaluating,
-    export_problems,
-    fitting_names,
-    load_learned,
-    open_pre_stage,
-    training_losses,
-    translated,
-    translation,
-)
-from kd_det.loop.hardware import precision
-from kd_det.runs import check_devices
-from kd_det.taps import Tap
-from kd_det.teacher import FrozenTeacher
-from kd_det.workbench import PixelInput, Side, Workbench, side_model
+from kd_det.hosts.lightning.hardware import precision
+from kd_det.run.class_names import fitting_names, translated, translation
+from kd_det.run.devices import check_devices
 
 _TOP_K = (1, 5)
 
 
 def open_workbench(cfg: CfgNode, weights: str = "", distilled: bool = True) -> Workbench:
-    """See :func:`kd_det.workbench.open_workbench`."""
+    """See :func:`kd_det.bench.workbench.open_workbench`."""
     check_config(cfg)
     check_devices(cfg.MODEL.DEVICE, 1)
     cfg = cfg.clone()

@@ -22,7 +22,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v2
 
-from kd_det.checks import check_choice, fail, nearest
+from kd_det.core.errors import check_choice, fail, nearest
 
 __all__ = [
     "MOBILENETV2_STAGES",

@@ -11,8 +11,8 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from numpy.typing import NDArray
 
-from kd_det.condensation import Condensation
-from kd_det.subset import blend_images
+from kd_det.procedures.kcd.condensation import Condensation
+from kd_det.procedures.kcd.sampler import blend_images
 
 
 class BlendMapper:
@@ -63,7 +63,7 @@ class _Blend(T.Augmentation):
 
 
 class _BlendTransform(T.Transform):
-    """:func:`kd_det.subset.blend_images` on arrays ``[H, W, C]``; coordinates stay."""
+    """:func:`blend_images` on arrays ``[H, W, C]``; coordinates stay."""
 
     def __init__(self, partner: NDArray[Any], epsilon: float, mode: str) -> None:
         super().__init__()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from kd_det.class_names import given_names, run_class_map
-from kd_det.classes import ClassMap
+from kd_det.core.class_map import ClassMap
 from kd_det.data.coco_json import category_names
 from kd_det.hosts.detectron2.datasets import DIGITS, json_entry
 from kd_det.hosts.detectron2.teacher import teacher_config
+from kd_det.run.class_names import given_names, run_class_map
 
 LOGITS = ("box_logits", "mask_logits", "cls_logits")
 
@@ -35,7 +35,7 @@ def class_names(cfg: CfgNode) -> list[str] | None:
     if name in cfg.DATASETS.COCO_JSON:
         return category_names(name, json_entry(cfg, name)[0])
     if name in DIGITS:
-        from kd_det.data.digits import CLASS_NAMES
+        from kd_det.data.digits.detection import CLASS_NAMES
 
         return list(CLASS_NAMES)
     if name not in DatasetCatalog:
@@ -56,6 +56,6 @@ def build_class_map(cfg: CfgNode) -> ClassMap | None:
     """How the teacher's logits become those of the student's classes; None if they are already.
 
     Raises:
-        KDError: see :func:`kd_det.class_names.run_class_map`.
+        KDError: see :func:`kd_det.run.class_names.run_class_map`.
     """
     return run_class_map(cfg, teacher_config(cfg), LOGITS, num_classes, class_names)

@@ -1,6 +1,6 @@
 """KCD on this host: loader, sampler and the hook that condenses.
 
-What it shares with other detectors is in :mod:`kd_det.detection_kcd`.
+What it shares with other detectors is in :mod:`kd_det.hosts.detection.kcd`.
 
 Place and order of every batch follow from the seed and the iteration alone, and every iteration
 begins with random numbers of its own: a resumed run selects what the uninterrupted one would
@@ -23,20 +23,16 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import Tensor
 
-from kd_det.checks import fail
-from kd_det.condensation import Condensation
-from kd_det.config import is_condensed
-from kd_det.detection_kcd import (
-    StageLoader,
-    build_condensation,
-    planned_config,
-    report_costs,
-)
-from kd_det.detection_kcd import check_kcd as check_detection_kcd
+from kd_det.core.errors import fail
+from kd_det.core.seeds import keyed_generator
+from kd_det.hosts.detection.kcd import StageLoader, build_condensation, planned_config, report_costs
+from kd_det.hosts.detection.kcd import check_kcd as check_detection_kcd
 from kd_det.hosts.detectron2.blending import BlendMapper
 from kd_det.hosts.detectron2.datasets import training_dicts
-from kd_det.selection import kcd_cost
-from kd_det.subset import InfiniteSubsetSampler, keyed_generator
+from kd_det.procedures.kcd.condensation import Condensation
+from kd_det.procedures.kcd.sampler import InfiniteSubsetSampler
+from kd_det.procedures.kcd.selection import kcd_cost
+from kd_det.run.config import is_condensed
 
 #: Key of a mapped image's place in the training set.
 INDEX = "kd_index"
@@ -120,7 +116,7 @@ class OrientedSampler(InfiniteSubsetSampler):
     inexact: a few images always wait in it for a batch to fill.
 
     Args:
-        condensation: see :class:`kd_det.subset.InfiniteSubsetSampler`.
+        condensation: see :class:`kd_det.procedures.kcd.sampler.InfiniteSubsetSampler`.
         seed: likewise.
         wide: for each image of the training set, whether it is wider than high; ``[N]`` bool.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_stock_cfg
 
-import kd_det.config
+import kd_det.run.config
 from kd_det.hosts.detectron2.backbones import add_backbone_config
 
 
@@ -18,7 +18,7 @@ def get_cfg() -> CfgNode:
 
 def add_kd_config(cfg: CfgNode) -> None:
     """Add ``KD``, ``HOST``, ``DATASETS.COCO_JSON`` and the keys of our backbones, in place."""
-    kd_det.config.add_kd_config(cfg)
+    kd_det.run.config.add_kd_config(cfg)
     add_backbone_config(cfg)
     _add_fcos_config(cfg)
 

@@ -11,9 +11,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils import comm
 
-from kd_det.checks import check_known, fail
+from kd_det.core.errors import check_known, fail
+from kd_det.data.catalogue import data_root
 from kd_det.data.coco_json import check_coco_json
-from kd_det.runs import data_root
 
 DIGITS = ("digits_train", "digits_val")
 
@@ -77,7 +77,7 @@ def prepare_datasets(cfg: CfgNode, names: Iterable[str]) -> None:
         check_known("data set", name, DatasetCatalog.list())
         if comm.is_main_process():
             if name in DIGITS:
-                from kd_det.data.digits import DigitsSpec, write_digits
+                from kd_det.data.digits.detection import DigitsSpec, write_digits
 
                 write_digits(data_root() / "digits", DigitsSpec())
             meta = MetadataCatalog.get(name)

@@ -7,13 +7,13 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
-from kd_det import checkpoint
+from kd_det.core import checkpoint
 
 STOCK_NAMES = {"DistilledRCNN": "GeneralizedRCNN", "DistilledRetinaNet": "RetinaNet"}
 
 
 def export_student(cfg: CfgNode, weights: str | Path, output: str | Path) -> tuple[Path, Path]:
-    """:func:`kd_det.checkpoint.export_student` for a run of this host.
+    """:func:`kd_det.core.checkpoint.export_student` for a run of this host.
 
     Args:
         cfg: the config of the distillation run.

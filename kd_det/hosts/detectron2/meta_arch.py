@@ -21,23 +21,23 @@ from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
-from kd_det.adaptors import crop_to
 from kd_det.balance import Balance, build_balance
-from kd_det.checks import fail
-from kd_det.classes import ClassMap, map_logits, mapped_specs
-from kd_det.config import read_terms
-from kd_det.detection_terms import check_detection_terms
-from kd_det.distiller import Distiller
+from kd_det.core.adaptors import crop_to
+from kd_det.core.class_map import ClassMap, map_logits, mapped_specs
+from kd_det.core.distiller import Distiller
+from kd_det.core.errors import fail
+from kd_det.core.numerics import zero_in_graph
+from kd_det.core.registry import LOSSES
+from kd_det.core.taps import Tap, TapRecorder
+from kd_det.core.terms import Term, check_heads
+from kd_det.hosts.detection.terms import check_detection_terms
 from kd_det.hosts.detectron2 import taps as host_taps
 from kd_det.hosts.detectron2 import teacher_pass
 from kd_det.hosts.detectron2.classes import LOGITS, build_class_map
 from kd_det.hosts.detectron2.fcos import ConfigurableFCOS
 from kd_det.hosts.detectron2.teacher import Teacher, build_teacher
 from kd_det.hosts.detectron2.uncertainty import anchor_values, roi_values
-from kd_det.losses.base import zero_in_graph
-from kd_det.registry import LOSSES
-from kd_det.taps import Tap, TapRecorder
-from kd_det.terms import Term, check_heads
+from kd_det.run.config import read_terms
 
 CONTEXT = ("anchors", "gt_boxes")
 HEADS = (*host_taps.BOX_TAPS, "mask_logits", "cls_logits")

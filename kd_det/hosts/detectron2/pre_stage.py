@@ -20,8 +20,9 @@ from detectron2.utils.env import seed_all_rng
 from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor, nn
 
-from kd_det.checks import fail
-from kd_det.classes import ClassMap
+from kd_det.core.class_map import ClassMap
+from kd_det.core.errors import fail
+from kd_det.core.taps import Tap, TapRecorder
 from kd_det.hosts.detectron2 import taps as host_taps
 from kd_det.hosts.detectron2 import teacher_pass
 from kd_det.hosts.detectron2.datasets import training_dicts
@@ -29,7 +30,7 @@ from kd_det.hosts.detectron2.progress import ProgressBar, ShowProgress
 from kd_det.hosts.detectron2.teacher import Teacher
 from kd_det.hosts.detectron2.trainer import Trainer, data_parallel, unwrap
 from kd_det.hosts.detectron2.writers import PERIOD, build_writers
-from kd_det.prestage import (
+from kd_det.procedures.pre_stage import (
     PreStageLosses,
     PreStageModel,
     load_pre_stage,
@@ -37,8 +38,7 @@ from kd_det.prestage import (
     save_pre_stage,
     teacher_fingerprint,
 )
-from kd_det.tags import CurveTag
-from kd_det.taps import Tap, TapRecorder
+from kd_det.run.curves import CurveTag
 
 FILE, FOLDER = "pre_stage.pth", "pre_stage"
 

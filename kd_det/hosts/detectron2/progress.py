@@ -28,8 +28,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from kd_det.loop.loss_table import loss_table
-from kd_det.tags import CurveTag
+from kd_det.hosts.lightning.loss_table import loss_table
+from kd_det.run.curves import CurveTag
 
 # Seconds between two drawings. There is no thread that draws: loader processes are forked at
 # any time, and would keep the locks it holds at that moment.

@@ -24,9 +24,9 @@ import torch
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import nn
 
-from kd_det.detection_terms import BOX_TAPS
+from kd_det.core.taps import Tap, TapRecorder
+from kd_det.hosts.detection.terms import BOX_TAPS
 from kd_det.losses import TapSpec
-from kd_det.taps import Tap, TapRecorder
 
 Specs = dict[str, TapSpec | list[TapSpec]]
 

@@ -11,10 +11,10 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
-from kd_det.checkpoint import read_weights
-from kd_det.checks import fail, nearest
+from kd_det.core.checkpoint import read_weights
+from kd_det.core.errors import fail, nearest
+from kd_det.core.teacher import FrozenTeacher, check_teacher_weights, load_strict
 from kd_det.hosts.detectron2.config import get_cfg
-from kd_det.teacher import FrozenTeacher, check_teacher_weights, load_strict
 
 # Buffers that older Detectron2 files store and newer models do not, or the reverse.
 _OPTIONAL_KEYS = ("anchor_generator.cell_anchors", "pixel_mean", "pixel_std", "num_batches_tracked")

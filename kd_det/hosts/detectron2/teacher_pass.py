@@ -15,9 +15,9 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torch.nn import functional as F
 
-from kd_det.adaptors import crop_to
-from kd_det.checks import fail
-from kd_det.classes import ClassMap, map_labels, map_logits
+from kd_det.core.adaptors import crop_to
+from kd_det.core.class_map import ClassMap, map_labels, map_logits
+from kd_det.core.errors import fail
 from kd_det.hosts.detectron2.taps import StockModel, box_branches, sigmoid_heads
 
 

@@ -22,10 +22,9 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.file_io import PathManager
 from torch.multiprocessing import ProcessRaisedException
 
-from kd_det.checks import KDError
-from kd_det.config import merge_config, read_terms
-from kd_det.detection_terms import check_detection_terms
-from kd_det.files import replace_text
+from kd_det.core.errors import KDError
+from kd_det.core.files import replace_text
+from kd_det.hosts.detection.terms import check_detection_terms
 from kd_det.hosts.detectron2.condensed import check_kcd
 from kd_det.hosts.detectron2.config import get_cfg
 from kd_det.hosts.detectron2.datasets import prepare_datasets, register_datasets
@@ -33,9 +32,11 @@ from kd_det.hosts.detectron2.pre_stage import prepare_pre_stage
 from kd_det.hosts.detectron2.progress import ProgressBar, progress_bar, setup_logging
 from kd_det.hosts.detectron2.teacher import find_config
 from kd_det.hosts.detectron2.trainer import Trainer, unwrap
-from kd_det.loop.loggers import check_loggers
-from kd_det.record import parameter_counts, recorded_run
-from kd_det.runs import check_devices, check_output_dir, check_same_run, under_torchrun
+from kd_det.hosts.lightning.loggers import check_loggers
+from kd_det.run.config import merge_config, read_terms
+from kd_det.run.devices import check_devices, under_torchrun
+from kd_det.run.folder import check_output_dir, check_same_run
+from kd_det.run.record import parameter_counts, recorded_run
 
 __all__ = ["Trainer", "check_run", "load_cfg", "main", "run"]
 
@@ -44,7 +45,7 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """Read a config file and overrides, register its data sets, and freeze it.
 
     Raises:
-        KDError: see :func:`kd_det.config.merge_config`.
+        KDError: see :func:`kd_det.run.config.merge_config`.
     """
     cfg = get_cfg()
     merge_config(cfg, config_file, opts)
@@ -156,7 +157,7 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Entry point of :mod:`kd_det.cli`: check, then launch or join the process group."""
+    """Entry point of :mod:`kd_det.app.train`: check, then launch or join the process group."""
     if under_torchrun():
         _join_torchrun(args)
     else:

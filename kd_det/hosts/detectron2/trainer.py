@@ -20,15 +20,15 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
-from kd_det.checkpoint import load_distiller
-from kd_det.checks import fail
-from kd_det.config import is_condensed
-from kd_det.distiller import Distiller
+from kd_det.core.checkpoint import load_distiller
+from kd_det.core.distiller import Distiller
+from kd_det.core.errors import fail
 from kd_det.hosts.detectron2.condensed import Condense, CondensedRun
 from kd_det.hosts.detectron2.progress import ProgressBar, ShowProgress
 from kd_det.hosts.detectron2.writers import RecordMetrics, build_writers
-from kd_det.loop.loggers import build_loggers
-from kd_det.tags import CurveTag
+from kd_det.hosts.lightning.loggers import build_loggers
+from kd_det.run.config import is_condensed
+from kd_det.run.curves import CurveTag
 
 
 class Trainer(DefaultTrainer):

@@ -15,7 +15,7 @@ import torch
 from detectron2.structures import Boxes
 from torch import Tensor
 
-from kd_det.ledger import binary_entropy, logit_entropy
+from kd_det.core.numerics import binary_entropy, logit_entropy
 
 
 def roi_values(

@@ -1,4 +1,4 @@
-"""A run of this host, built to be looked at; see :class:`kd_det.workbench.Workbench`."""
+"""A run of this host, built to be looked at; see :class:`kd_det.bench.workbench.Workbench`."""
 
 from __future__ import annotations
 
@@ -36,11 +36,22 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 from torch import Tensor, nn
 
-from kd_det.checkpoint import load_student, read_weights
-from kd_det.checks import fail
-from kd_det.config import is_condensed
-from kd_det.detection_kcd import build_condensation
-from kd_det.distiller import Distiller
+from kd_det.bench.looks import (
+    detector_outputs,
+    evaluating,
+    export_problems,
+    load_learned,
+    open_pre_stage,
+    repeatable,
+    training_losses,
+)
+from kd_det.bench.workbench import Detections, PixelInput, Side, Workbench, side_model
+from kd_det.core.checkpoint import load_student, read_weights
+from kd_det.core.distiller import Distiller
+from kd_det.core.errors import fail
+from kd_det.core.taps import Tap
+from kd_det.core.teacher import FrozenTeacher, load_strict
+from kd_det.hosts.detection.kcd import build_condensation
 from kd_det.hosts.detectron2 import taps as host_taps
 from kd_det.hosts.detectron2.backbones import add_backbone_config
 from kd_det.hosts.detectron2.classes import class_names, num_classes, teacher_class_names
@@ -50,28 +61,15 @@ from kd_det.hosts.detectron2.datasets import prepare_datasets, register_datasets
 from kd_det.hosts.detectron2.export import export_student
 from kd_det.hosts.detectron2.teacher import teacher_config
 from kd_det.hosts.detectron2.trainer import student_start
-from kd_det.inspection import (
-    detector_outputs,
-    evaluating,
-    export_problems,
-    fitting_names,
-    load_learned,
-    open_pre_stage,
-    repeatable,
-    training_losses,
-    translated,
-    translation,
-)
-from kd_det.runs import check_devices
-from kd_det.taps import Tap
-from kd_det.teacher import FrozenTeacher, load_strict
-from kd_det.workbench import Detections, PixelInput, Side, Workbench, side_model
+from kd_det.run.class_names import fitting_names, translated, translation
+from kd_det.run.config import is_condensed
+from kd_det.run.devices import check_devices
 
 _GREY = torch.full((3, 480, 640), 128, dtype=torch.uint8)
 
 
 def open_workbench(cfg: CfgNode, weights: str = "", distilled: bool = True) -> Workbench:
-    """See :func:`kd_det.workbench.open_workbench`."""
+    """See :func:`kd_det.bench.workbench.open_workbench`."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.KD.ENABLED = cfg.KD.ENABLED and distilled

@@ -1,7 +1,7 @@
 """Where the numbers of a run go: Detectron2's own writers, with the tags that all hosts share.
 
 ``metrics.json`` keeps the names a loss is logged under; TensorBoard and the services of ``LOGGERS``
-show :func:`kd_det.tags.curve_tag` of them.
+show :func:`kd_det.run.curves.curve_tag` of them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from detectron2.utils.events import EventWriter, TensorboardXWriter, get_event_s
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from kd_det.distiller import Distiller
-from kd_det.json_lines import end_last_line
-from kd_det.loop.hardware import peak_memory
-from kd_det.tags import CurveTag
+from kd_det.core.distiller import Distiller
+from kd_det.hosts.lightning.hardware import peak_memory
+from kd_det.run.curves import CurveTag
+from kd_det.run.json_lines import end_last_line
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -41,7 +41,7 @@ def build_writers(
         output_dir: where they write.
         max_iter: iterations of the run.
         tag: of its scalars.
-        loggers: see :func:`kd_det.loop.loggers.build_loggers`.
+        loggers: see :func:`kd_det.hosts.lightning.loggers.build_loggers`.
     """
     end_last_line(os.path.join(output_dir, "metrics.json"))
     stock = [
@@ -52,7 +52,7 @@ def build_writers(
 
 
 class TaggedWriter(TensorboardXWriter):
-    """Detectron2's TensorBoard writer, whose scalars have the tags of :mod:`kd_det.tags`.
+    """Detectron2's TensorBoard writer, whose scalars have the tags of :mod:`kd_det.run.curves`.
 
     Args:
         log_dir: where the events go.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from fvcore.common.config import CfgNode
 
-from kd_det.checks import KDError
-from kd_det.class_names import given_names, run_class_map
-from kd_det.classes import ClassMap
+from kd_det.core.class_map import ClassMap
+from kd_det.core.errors import KDError
 from kd_det.data.coco_json import category_names
 from kd_det.hosts.torchvision_detection.data import DIGITS, dataset_paths
 from kd_det.hosts.torchvision_detection.models import num_classes
 from kd_det.hosts.torchvision_detection.taps import LOGITS
 from kd_det.hosts.torchvision_detection.teacher import teacher_config
+from kd_det.run.class_names import given_names, run_class_map
 
 
 def class_names(cfg: CfgNode) -> list[str] | None:
@@ -23,7 +23,7 @@ def class_names(cfg: CfgNode) -> list[str] | None:
         return None
     name = cfg.DATASETS.TRAIN[0]
     if name in DIGITS and name not in cfg.DATASETS.COCO_JSON:
-        from kd_det.data.digits import CLASS_NAMES
+        from kd_det.data.digits.detection import CLASS_NAMES
 
         return list(CLASS_NAMES)
     try:
@@ -42,6 +42,6 @@ def build_class_map(cfg: CfgNode) -> ClassMap | None:
     """How the teacher's logits become those of the student's classes; None if they are already.
 
     Raises:
-        KDError: see :func:`kd_det.class_names.run_class_map`.
+        KDError: see :func:`kd_det.run.class_names.run_class_map`.
     """
     return run_class_map(cfg, teacher_config(cfg), LOGITS, num_classes, class_names)

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from fvcore.common.config import CfgNode
 
-from kd_det.checks import check_choice, fail
-from kd_det.config import add_kd_config, merge_config
+from kd_det.core.errors import check_choice, fail
 from kd_det.hosts.torchvision_detection.kcd import check_kcd
+from kd_det.run.config import add_kd_config, merge_config
 
 META_ARCHITECTURES = ("FasterRCNN", "MaskRCNN", "RetinaNet", "FCOS")
 
@@ -35,7 +35,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """The defaults with a file and overrides merged in, checked.
 
     Raises:
-        KDError: see :func:`kd_det.config.merge_config` and :func:`check_config`.
+        KDError: see :func:`kd_det.run.config.merge_config` and :func:`check_config`.
     """
     cfg = merge_config(get_cfg(), config_file, opts)
     check_config(cfg)

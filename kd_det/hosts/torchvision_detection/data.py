@@ -20,12 +20,12 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Mask
 
-from kd_det.checks import fail, nearest
-from kd_det.condensation import Condensation
+from kd_det.core.errors import fail, nearest
 from kd_det.data.coco_json import check_coco_json
 from kd_det.hosts.torchvision_detection.kcd import StageLoader
 from kd_det.hosts.torchvision_detection.models import num_classes
-from kd_det.subset import InfiniteSubsetSampler, blend_images
+from kd_det.procedures.kcd.condensation import Condensation
+from kd_det.procedures.kcd.sampler import InfiniteSubsetSampler, blend_images
 
 Sample = tuple[Tensor, dict[str, Any]]
 
@@ -202,7 +202,7 @@ def dataset_paths(cfg: CfgNode, name: str) -> tuple[Path, Path]:
             )
         return Path(entry[0]), Path(entry[1])
     if name in DIGITS:
-        from kd_det.data.digits import write_digits
+        from kd_det.data.digits.detection import write_digits
 
         return write_digits(root / "digits")[name]
     if name in _COCO_SPLITS:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_convert
 
-from kd_det.loop.predictions import gather_objects, write_predictions
+from kd_det.hosts.lightning.predictions import gather_objects, write_predictions
 
 DETECTIONS = "inference/coco_instances_results.json"
 _MASK_THRESHOLD = 0.5

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
-from kd_det import checkpoint
-from kd_det.config import without_distillation
+from kd_det.core import checkpoint
 from kd_det.hosts.torchvision_detection.models import build_model
+from kd_det.run.config import without_distillation
 
 
 def export_student(cfg: CfgNode, weights: str | Path, output: str | Path) -> tuple[Path, Path]:
-    """Write the stock detector of a run with ``cfg``; see :mod:`kd_det.checkpoint`."""
+    """Write the stock detector of a run with ``cfg``; see :mod:`kd_det.core.checkpoint`."""
     stock = stock_config(cfg)
     return checkpoint.export_student(build_model(stock), weights, stock.dump(), output)
 

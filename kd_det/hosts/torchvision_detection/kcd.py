@@ -1,11 +1,11 @@
-"""KCD on this host: :mod:`kd_det.detection_kcd`, and which images a batch has."""
+"""KCD on this host: :mod:`kd_det.hosts.detection.kcd`, and which images a batch has."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from kd_det.detection_kcd import (
+from kd_det.hosts.detection.kcd import (
     StageLoader,
     build_condensation,
     check_kcd,

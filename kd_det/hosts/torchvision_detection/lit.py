@@ -8,19 +8,15 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from kd_det.checks import fail
-from kd_det.condensation import Condensation
-from kd_det.hosts.torchvision_detection.data import (
-    CocoDataset,
-    evaluation_loader,
-    train_loader,
-)
+from kd_det.core.errors import fail
+from kd_det.core.numerics import full_precision
+from kd_det.hosts.lightning.module import DistillationModule
+from kd_det.hosts.lightning.optim import build_sgd, learning_rate_factor
+from kd_det.hosts.torchvision_detection.data import CocoDataset, evaluation_loader, train_loader
 from kd_det.hosts.torchvision_detection.evaluation import COCOMetric, DetectionFile, prepared
 from kd_det.hosts.torchvision_detection.kcd import costs, dataset_indices, report_costs
 from kd_det.hosts.torchvision_detection.model import DistilledDetector
-from kd_det.loop.module import DistillationModule
-from kd_det.loop.optim import build_sgd, learning_rate_factor
-from kd_det.losses.base import full_precision
+from kd_det.procedures.kcd.condensation import Condensation
 
 
 class LitDetector(DistillationModule):

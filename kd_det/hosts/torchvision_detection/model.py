@@ -12,10 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from kd_det.balance import Balance
-from kd_det.checkpoint import name_keys_as_student
-from kd_det.checks import fail
-from kd_det.classes import ClassMap, mapped_specs
-from kd_det.distiller import Distiller
+from kd_det.core.checkpoint import name_keys_as_student
+from kd_det.core.class_map import ClassMap, mapped_specs
+from kd_det.core.distiller import Distiller
+from kd_det.core.errors import fail
+from kd_det.core.numerics import zero_in_graph
+from kd_det.core.registry import LOSSES
+from kd_det.core.taps import TapRecorder
+from kd_det.core.teacher import FrozenTeacher
+from kd_det.core.terms import Term, parse_terms
 from kd_det.hosts.torchvision_detection.pre_stage import TeacherCaptures
 from kd_det.hosts.torchvision_detection.taps import (
     ANCHORS,
@@ -31,23 +36,14 @@ from kd_det.hosts.torchvision_detection.taps import (
     context_taps,
     tap_table,
 )
-from kd_det.hosts.torchvision_detection.teacher_pass import (
-    TeacherPass,
-    select_class,
-    true_classes,
-)
+from kd_det.hosts.torchvision_detection.teacher_pass import TeacherPass, select_class, true_classes
 from kd_det.hosts.torchvision_detection.term_checks import check_terms
 from kd_det.hosts.torchvision_detection.uncertainty import (
     anchor_values,
     recorded_matches,
     roi_values,
 )
-from kd_det.losses.base import zero_in_graph
-from kd_det.prestage import pre_stage_losses
-from kd_det.registry import LOSSES
-from kd_det.taps import TapRecorder
-from kd_det.teacher import FrozenTeacher
-from kd_det.terms import Term, parse_terms
+from kd_det.procedures.pre_stage import pre_stage_losses
 
 CONTEXT = ("anchors", "gt_boxes")
 _UNCERTAIN = ("box_logits", "cls_logits")
@@ -65,7 +61,7 @@ class DistilledDetector(nn.Module):
     Args:
         student: ``FasterRCNN``, ``MaskRCNN``, ``RetinaNet`` or ``FCOS``.
         teacher: another one; see :func:`~kd_det.hosts.torchvision_detection.teacher.build_teacher`.
-        terms: parsed terms, or the mapping :func:`kd_det.terms.parse_terms` reads.
+        terms: parsed terms, or the mapping :func:`kd_det.core.terms.parse_terms` reads.
         report_period: see :class:`kd_det.Distiller`.
         task_weight: multiplies the task losses in training. 1 leaves them untouched; 0 trains
             with the terms alone: parameters that no term reaches then get a zero gradient.
@@ -73,7 +69,7 @@ class DistilledDetector(nn.Module):
             is about each image, ``[N]`` in 0..1; see
             :mod:`kd_det.hosts.torchvision_detection.uncertainty`.
         class_map: how the teacher's logits become those of the student's classes, from
-            :func:`kd_det.classes.match_classes`; None if they are already.
+            :func:`kd_det.core.class_map.match_classes`; None if they are already.
         balance: adapts the weights of the terms; gradients are compared on the student's backbone.
             See :mod:`kd_det.balance`.
 

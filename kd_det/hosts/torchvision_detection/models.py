@@ -27,7 +27,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from kd_det.checks import fail, nearest
+from kd_det.core.errors import fail, nearest
 
 _DRY_RUN_SIZE = 256
 _FCOS_GROUPS = 32  # of the GroupNorm in torchvision's FCOS head

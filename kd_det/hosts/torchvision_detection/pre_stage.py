@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from kd_det.classes import ClassMap, map_logits
+from kd_det.core.class_map import ClassMap, map_logits
+from kd_det.core.taps import TapRecorder
+from kd_det.core.teacher import FrozenTeacher
 from kd_det.hosts.torchvision_detection.taps import HEAD_TAPS, Detector, TapTable
-from kd_det.taps import TapRecorder
-from kd_det.teacher import FrozenTeacher
 
 
 class TeacherCaptures:

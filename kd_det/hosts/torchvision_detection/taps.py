@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_det.checks import KDError, fail, nearest
-from kd_det.detection_terms import BOX_TAPS
-from kd_det.losses.base import TapSpec
-from kd_det.taps import Tap, TapRecorder
+from kd_det.core.errors import KDError, fail, nearest
+from kd_det.core.loss import TapSpec
+from kd_det.core.taps import Tap, TapRecorder
+from kd_det.hosts.detection.terms import BOX_TAPS
 
 _DRY_RUN_SIZE = 256
 

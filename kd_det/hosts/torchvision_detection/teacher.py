@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from fvcore.common.config import CfgNode
 
-from kd_det.checkpoint import read_weights
-from kd_det.hosts.torchvision_detection.config import load_config
-from kd_det.hosts.torchvision_detection.models import build_model
-from kd_det.teacher import (
+from kd_det.core.checkpoint import read_weights
+from kd_det.core.teacher import (
     FrozenTeacher,
     check_teacher_config,
     check_teacher_weights,
     load_strict,
 )
+from kd_det.hosts.torchvision_detection.config import load_config
+from kd_det.hosts.torchvision_detection.models import build_model
 
 _EXAMPLE = "configs/digits_torchvision/teacher_frcnn.yaml"
 

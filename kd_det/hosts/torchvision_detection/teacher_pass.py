@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kd_det.adaptors import crop_to
-from kd_det.classes import ClassMap, map_labels, map_logits
+from kd_det.core.adaptors import crop_to
+from kd_det.core.class_map import ClassMap, map_labels, map_logits
+from kd_det.core.taps import TapRecorder
+from kd_det.core.teacher import FrozenTeacher
 from kd_det.hosts.torchvision_detection.taps import (
     BOX_TAPS,
     BOXES,
@@ -29,8 +31,6 @@ from kd_det.hosts.torchvision_detection.taps import (
     Detector,
     TapTable,
 )
-from kd_det.taps import TapRecorder
-from kd_det.teacher import FrozenTeacher
 
 
 @dataclass(frozen=True)

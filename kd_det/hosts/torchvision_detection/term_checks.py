@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from kd_det.checks import check_known, fail
-from kd_det.detection_terms import check_detection_terms
+from kd_det.core.errors import check_known, fail
+from kd_det.core.registry import LOSSES
+from kd_det.core.terms import Term, check_heads
+from kd_det.hosts.detection.terms import check_detection_terms
 from kd_det.hosts.torchvision_detection.taps import LOGITS, TapTable
-from kd_det.registry import LOSSES
-from kd_det.terms import Term, check_heads
 
 _TASK_LOSSES = (
     "loss_classifier",

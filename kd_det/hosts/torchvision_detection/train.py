@@ -13,32 +13,28 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from kd_det.balance import build_balance
-from kd_det.checkpoint import load_distiller, load_student
-from kd_det.checks import fail
-from kd_det.config import read_terms
+from kd_det.core.checkpoint import load_distiller, load_student
+from kd_det.core.errors import fail
+from kd_det.hosts.lightning import entry
+from kd_det.hosts.lightning.module import Results
+from kd_det.hosts.lightning.pre_stage import load_given_pre_stage, prepare_pre_stage
+from kd_det.hosts.lightning.progress import Progress, ReportProgress, RunProgressBar
+from kd_det.hosts.lightning.run import Run, open_run
+from kd_det.hosts.lightning.trainer import build_trainer
 from kd_det.hosts.torchvision_detection.classes import build_class_map
 from kd_det.hosts.torchvision_detection.config import check_config, load_config
-from kd_det.hosts.torchvision_detection.data import (
-    check_datasets,
-    train_dataset,
-    train_loader,
-)
+from kd_det.hosts.torchvision_detection.data import check_datasets, train_dataset, train_loader
 from kd_det.hosts.torchvision_detection.kcd import build_condensation, planned_config
 from kd_det.hosts.torchvision_detection.lit import LitDetector
 from kd_det.hosts.torchvision_detection.model import DistilledDetector
 from kd_det.hosts.torchvision_detection.models import build_model
 from kd_det.hosts.torchvision_detection.teacher import build_teacher
-from kd_det.loop import entry
-from kd_det.loop.module import Results
-from kd_det.loop.pre_stage import load_given_pre_stage, prepare_pre_stage
-from kd_det.loop.progress import Progress, ReportProgress, RunProgressBar
-from kd_det.loop.run import Run, open_run
-from kd_det.loop.trainer import build_trainer
-from kd_det.tags import CurveTag
+from kd_det.run.config import read_terms
+from kd_det.run.curves import CurveTag
 
 
 def main(args: argparse.Namespace) -> Results:
-    """See :func:`kd_det.loop.entry.main`."""
+    """See :func:`kd_det.hosts.lightning.entry.main`."""
     return entry.main(args, load_config, run)
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd_det.core.numerics import binary_entropy, logit_entropy
 from kd_det.hosts.torchvision_detection.taps import Detector
-from kd_det.ledger import binary_entropy, logit_entropy
 
 _BACKGROUND = -1  # what torchvision's matchers say of an anchor below every threshold
 

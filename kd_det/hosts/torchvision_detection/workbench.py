@@ -1,4 +1,4 @@
-"""A run of this host, built to be looked at; see :class:`kd_det.workbench.Workbench`."""
+"""A run of this host, built to be looked at; see :class:`kd_det.bench.workbench.Workbench`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,21 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_dtype
 
-from kd_det.checkpoint import read_weights
-from kd_det.config import is_condensed
-from kd_det.detection_kcd import build_condensation
-from kd_det.distiller import Distiller
+from kd_det.bench.looks import (
+    detector_outputs,
+    evaluating,
+    export_problems,
+    load_learned,
+    open_pre_stage,
+    repeatable,
+    training_losses,
+)
+from kd_det.bench.workbench import Detections, PixelInput, Side, Workbench, side_model
+from kd_det.core.checkpoint import read_weights
+from kd_det.core.distiller import Distiller
+from kd_det.core.teacher import FrozenTeacher, load_strict
+from kd_det.hosts.detection.kcd import build_condensation
+from kd_det.hosts.lightning.hardware import precision
 from kd_det.hosts.torchvision_detection.classes import class_names, teacher_class_names
 from kd_det.hosts.torchvision_detection.config import check_config, load_config
 from kd_det.hosts.torchvision_detection.data import (
@@ -34,28 +45,15 @@ from kd_det.hosts.torchvision_detection.models import build_model, num_classes
 from kd_det.hosts.torchvision_detection.taps import BOXES, context_taps
 from kd_det.hosts.torchvision_detection.teacher import teacher_config
 from kd_det.hosts.torchvision_detection.train import build_training_model
-from kd_det.inspection import (
-    detector_outputs,
-    evaluating,
-    export_problems,
-    fitting_names,
-    load_learned,
-    open_pre_stage,
-    repeatable,
-    training_losses,
-    translated,
-    translation,
-)
-from kd_det.loop.hardware import precision
-from kd_det.runs import check_devices
-from kd_det.teacher import FrozenTeacher, load_strict
-from kd_det.workbench import Detections, PixelInput, Side, Workbench, side_model
+from kd_det.run.class_names import fitting_names, translated, translation
+from kd_det.run.config import is_condensed
+from kd_det.run.devices import check_devices
 
 _GREY = torch.full((3, 480, 640), 128, dtype=torch.uint8)
 
 
 def open_workbench(cfg: CfgNode, weights: str = "", distilled: bool = True) -> Workbench:
-    """See :func:`kd_det.workbench.open_workbench`."""
+    """See :func:`kd_det.bench.workbench.open_workbench`."""
     check_config(cfg)
     check_devices(cfg.MODEL.DEVICE, 1)
     cfg = cfg.clone()

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from kd_det.balance import build_balance
-from kd_det.checkpoint import strip_distiller
+from kd_det.core.checkpoint import strip_distiller
 from kd_det.hosts.classification.build import build_training_model
 from kd_det.hosts.classification.train import run
-from kd_det.loop.optim import parameter_groups
+from kd_det.hosts.lightning.optim import parameter_groups
 
 TERMS = {
     "soft": {"LOSS": "KD", "TAPS": ["logits"], "TEMPERATURE": 4.0},

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from kd_det.checkpoint import read_weights
+from kd_det.core.checkpoint import read_weights
 from kd_det.hosts.classification.checkpoints import load_public
 from kd_det.hosts.classification.models import build_classifier
 

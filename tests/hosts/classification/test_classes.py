@@ -5,17 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kd_det.classes import match_classes
+from kd_det.core.class_map import match_classes
+from kd_det.core.teacher import FrozenTeacher
 from kd_det.hosts.classification.build import build_training_model
-from kd_det.hosts.classification.classes import (
-    build_class_map,
-    class_names,
-    teacher_class_names,
-)
+from kd_det.hosts.classification.classes import build_class_map, class_names, teacher_class_names
 from kd_det.hosts.classification.model import Distillation, DistilledClassifier, Statistics
 from kd_det.hosts.classification.models import build_classifier
 from kd_det.losses import kd_loss
-from kd_det.teacher import FrozenTeacher
 
 TEACHER = [str(k) for k in (7, 2, 0, 9, 4, 1, 8, 3, 6, 5)]
 STUDENT = ["3", "7", "1", "9"]

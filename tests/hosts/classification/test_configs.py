@@ -8,17 +8,13 @@ import pytest
 import torch
 
 from kd_det.hosts.classification import teacher
-from kd_det.hosts.classification.build import (
-    build_condensation,
-    build_training_model,
-    build_unix,
-)
+from kd_det.hosts.classification.build import build_condensation, build_training_model, build_unix
 from kd_det.hosts.classification.config import load_config
 from kd_det.hosts.classification.lit import score
 from kd_det.hosts.classification.models import build_classifier
 from kd_det.hosts.classification.teacher import num_classes
-from kd_det.prestage import pre_stage_losses
-from kd_det.stages import read_plan
+from kd_det.procedures.pre_stage import pre_stage_losses
+from kd_det.run.plan import read_plan
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "configs" / "classification"

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from kd_det.data.digits.images import DigitImages
 from kd_det.hosts.classification.classes import class_names
 from kd_det.hosts.classification.data import SOURCES, ClassificationData, build_source
-from kd_det.hosts.classification.digits import DigitImages
 
 
 @pytest.fixture

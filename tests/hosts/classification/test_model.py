@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from kd_det.core.teacher import FrozenTeacher
 from kd_det.hosts.classification.build import build_training_model, flops_ratio
 from kd_det.hosts.classification.model import Distillation, DistilledClassifier, Statistics
 from kd_det.hosts.classification.models import build_classifier
 from kd_det.losses import kd_loss
-from kd_det.teacher import FrozenTeacher
-from kd_det.unix import MixedBatch
+from kd_det.procedures.unix import MixedBatch
 
 SOFT = {"soft": {"LOSS": "KD", "WEIGHT": 0.9, "TAPS": ["logits"], "TEMPERATURE": 4.0}}
 

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kd_det.hosts.classification.lit import PREDICTIONS
 from kd_det.hosts.classification.train import run
-from kd_det.record import read_record
+from kd_det.run.record import read_record
 from tests.hosts.classification.test_train import SOFT, Stop
 from tests.hosts.run_folder import FILES
 

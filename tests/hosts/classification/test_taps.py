@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from kd_det.core.taps import TapRecorder
 from kd_det.hosts.classification.models import build_classifier
 from kd_det.hosts.classification.taps import resolve_taps, tap_table
-from kd_det.taps import TapRecorder
 
 # name: (stem, stages) as (channels, size on a 32x32 image), then the length of the pooled vector
 # and, where the first block of a stage has another width than its end, that width.

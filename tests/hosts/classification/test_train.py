@@ -21,7 +21,7 @@ from kd_det.hosts.classification.lit import LitClassifier
 from kd_det.hosts.classification.loaders import train_loader
 from kd_det.hosts.classification.models import build_classifier
 from kd_det.hosts.classification.train import run
-from kd_det.stages import read_plan, run_plan
+from kd_det.run.plan import read_plan, run_plan
 
 SOFT = {"soft": {"LOSS": "KD", "WEIGHT": 0.9, "TAPS": ["logits"], "TEMPERATURE": 4.0}}
 FLOW = {

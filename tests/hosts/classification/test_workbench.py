@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from kd_det.bench.workbench import open_workbench
 from kd_det.hosts.classification.data import ClassificationData
 from kd_det.hosts.classification.train import run
 from kd_det.preflight.steps import take_steps
-from kd_det.workbench import open_workbench
 from tests.hosts import workbench_contract as contract
 
 TERMS = {

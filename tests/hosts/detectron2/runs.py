@@ -40,7 +40,8 @@ def small_cfg(
     """A distilled Faster R-CNN on digits; nothing is evaluated.
 
     Args:
-        images: as :func:`kd_det.data.digits.write_digits` returns them; the data sets are called
+        images: as :func:`kd_det.data.digits.detection.write_digits` returns them; the data sets are
+        called
             ``<name of the folder above output>_<split>``.
         teacher: config and weights.
         terms: of the run.

@@ -19,7 +19,7 @@ from detectron2.modeling import build_backbone
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from kd_det.checks import KDError
+from kd_det.core.errors import KDError
 from kd_det.hosts.detectron2.backbones import MobileNetV2, add_backbone_config
 
 pytestmark = pytest.mark.detectron2

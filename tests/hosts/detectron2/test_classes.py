@@ -12,7 +12,6 @@ pytest.importorskip("detectron2")
 from detectron2.data import MetadataCatalog
 from detectron2.utils.events import EventStorage
 
-from kd_det.config import merge_config
 from kd_det.hosts.detectron2 import get_cfg
 from kd_det.hosts.detectron2.classes import (
     build_class_map,
@@ -21,6 +20,7 @@ from kd_det.hosts.detectron2.classes import (
     teacher_class_names,
 )
 from kd_det.hosts.detectron2.teacher import teacher_config
+from kd_det.run.config import merge_config
 from tests.hosts.detectron2.models import (
     ARCHITECTURES,
     all_terms,

@@ -15,18 +15,14 @@ from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import read_image
 from detectron2.engine.hooks import HookBase
 
-from kd_det.condensation import Condensation
-from kd_det.data.digits import DigitsSpec, write_digits
-from kd_det.detection_kcd import StageLoader
+from kd_det.data.digits.detection import DigitsSpec, write_digits
+from kd_det.hosts.detection.kcd import StageLoader
 from kd_det.hosts.detectron2 import get_cfg
 from kd_det.hosts.detectron2.blending import BlendMapper
-from kd_det.hosts.detectron2.condensed import (
-    CondensedRun,
-    OrientedSampler,
-    check_kcd,
-)
+from kd_det.hosts.detectron2.condensed import CondensedRun, OrientedSampler, check_kcd
 from kd_det.hosts.detectron2.trainer import Trainer
-from kd_det.subset import InfiniteSubsetSampler
+from kd_det.procedures.kcd.condensation import Condensation
+from kd_det.procedures.kcd.sampler import InfiniteSubsetSampler
 from tests.hosts.detectron2.models import write_teacher
 from tests.hosts.detectron2.runs import Interrupt, Stop, small_cfg, train
 

@@ -26,14 +26,14 @@ from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from kd_det.checkpoint import strip_distiller
-from kd_det.config import merge_config
+from kd_det.core.checkpoint import strip_distiller
 from kd_det.hosts.detectron2 import build_teacher, get_cfg, meta_arch
 from kd_det.hosts.detectron2.condensed import check_kcd
 from kd_det.hosts.detectron2.export import stock_config
-from kd_det.prestage import pre_stage_losses
-from kd_det.selection import kcd_cost
-from kd_det.stages import read_plan
+from kd_det.procedures.kcd.selection import kcd_cost
+from kd_det.procedures.pre_stage import pre_stage_losses
+from kd_det.run.config import merge_config
+from kd_det.run.plan import read_plan
 
 pytestmark = pytest.mark.detectron2
 

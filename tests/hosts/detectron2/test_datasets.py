@@ -8,8 +8,8 @@ pytest.importorskip("detectron2")
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from kd_det.checks import KDError
-from kd_det.data.digits import DigitsSpec, write_digits
+from kd_det.core.errors import KDError
+from kd_det.data.digits.detection import DigitsSpec, write_digits
 from kd_det.hosts.detectron2 import get_cfg
 from kd_det.hosts.detectron2.datasets import prepare_datasets, register_datasets
 

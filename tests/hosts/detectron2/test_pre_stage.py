@@ -12,7 +12,7 @@ from detectron2.engine.hooks import HookBase
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from kd_det.data.digits import DigitsSpec, write_digits
+from kd_det.data.digits.detection import DigitsSpec, write_digits
 from kd_det.hosts.detectron2 import build_teacher
 from kd_det.hosts.detectron2.pre_stage import TeacherCaptures
 from tests.hosts.detectron2 import runs

@@ -22,16 +22,12 @@ from detectron2.utils.events import EventStorage
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from kd_det.data.digits import DigitsSpec, write_digits
+from kd_det.data.digits.detection import DigitsSpec, write_digits
 from kd_det.hosts.detectron2 import progress, trainer
-from kd_det.hosts.detectron2.progress import (
-    ProgressBar,
-    progress_bar,
-    setup_logging,
-)
+from kd_det.hosts.detectron2.progress import ProgressBar, progress_bar, setup_logging
 from kd_det.hosts.detectron2.train import check_run
 from kd_det.hosts.detectron2.writers import RecordMetrics
-from kd_det.record import read_record
+from kd_det.run.record import read_record
 from tests.hosts.detectron2.models import write_teacher
 from tests.hosts.detectron2.runs import Interrupt, Stop, small_cfg, train
 

@@ -17,7 +17,7 @@ from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
-from kd_det.checkpoint import strip_distiller
+from kd_det.core.checkpoint import strip_distiller
 from kd_det.hosts.detectron2 import export
 from tests.hosts.detectron2.models import (
     ARCHITECTURES,

@@ -13,7 +13,7 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 
-from kd_det.checks import KDError
+from kd_det.core.errors import KDError
 from kd_det.hosts.detectron2 import build_teacher, teacher_pass
 from kd_det.hosts.detectron2.teacher import find_config
 from tests.hosts.detectron2.models import (

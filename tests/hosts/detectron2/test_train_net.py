@@ -13,9 +13,9 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from kd_det import cli
-from kd_det.checkpoint import read_weights
-from kd_det.data.digits import DigitsSpec, write_digits
+from kd_det.app import train as cli
+from kd_det.core.checkpoint import read_weights
+from kd_det.data.digits.detection import DigitsSpec, write_digits
 from kd_det.hosts.detectron2.train import load_cfg
 from tests.hosts.detectron2.models import write_teacher
 

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from kd_det.data.digits import DigitsSpec, write_digits
+from kd_det.bench.workbench import Detections, open_workbench
+from kd_det.core.taps import TapRecorder
+from kd_det.data.digits.detection import DigitsSpec, write_digits
 from kd_det.hosts.detectron2.train import load_cfg
-from kd_det.taps import TapRecorder
-from kd_det.workbench import Detections, open_workbench
 from tests.hosts import workbench_contract as contract
 from tests.hosts.detectron2.models import ARCHITECTURES, all_terms, write_teacher
 

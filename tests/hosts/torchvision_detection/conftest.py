@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kd_det.data.digits import DigitsSpec, write_digits
+from kd_det.data.digits.detection import DigitsSpec, write_digits
 from kd_det.hosts.torchvision_detection.config import load_config
 
 SMALL = ["MODEL.BACKBONE.WIDTH", "4", "MODEL.FPN.OUT_CHANNELS", "8", "SOLVER.IMS_PER_BATCH", "2"]

@@ -11,8 +11,8 @@ import torch
 import yaml
 from PIL import Image
 
-from kd_det.checkpoint import read_weights
-from kd_det.checks import KDError
+from kd_det.core.checkpoint import read_weights
+from kd_det.core.errors import KDError
 from kd_det.hosts.torchvision_detection.config import get_cfg, load_config
 from kd_det.hosts.torchvision_detection.export import export_student
 from kd_det.hosts.torchvision_detection.model import DistilledDetector

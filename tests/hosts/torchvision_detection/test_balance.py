@@ -12,10 +12,10 @@ from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from kd_det.balance import GradientShare, MeasuredBalance, Uncertainty
+from kd_det.core.terms import parse_terms
+from kd_det.hosts.lightning.optim import parameter_groups
 from kd_det.hosts.torchvision_detection import lit
 from kd_det.hosts.torchvision_detection.train import run
-from kd_det.loop.optim import parameter_groups
-from kd_det.terms import parse_terms
 from tests.hosts.torchvision_detection.models import (
     ARCHITECTURES,
     Stop,

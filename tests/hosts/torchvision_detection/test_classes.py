@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kd_det.classes import match_classes
+from kd_det.core.class_map import match_classes
 from kd_det.data.subset_json import write_subset
 from kd_det.hosts.torchvision_detection.classes import (
     build_class_map,

@@ -10,8 +10,8 @@ import torch
 from kd_det.hosts.torchvision_detection.config import load_config
 from kd_det.hosts.torchvision_detection.models import build_model
 from kd_det.hosts.torchvision_detection.train import build_training_model
-from kd_det.prestage import pre_stage_losses
-from kd_det.stages import read_plan
+from kd_det.procedures.pre_stage import pre_stage_losses
+from kd_det.run.plan import read_plan
 
 FOLDER = Path("configs/coco_torchvision")
 # Nothing is downloaded, and images are small.

@@ -8,12 +8,12 @@ import json
 import pytest
 import torch
 
-from kd_det.checkpoint import strip_distiller
+from kd_det.core.checkpoint import strip_distiller
 from kd_det.hosts.torchvision_detection.config import load_config
 from kd_det.hosts.torchvision_detection.export import export_student
 from kd_det.hosts.torchvision_detection.models import build_model
 from kd_det.hosts.torchvision_detection.train import main, run
-from kd_det.stages import read_plan, run_plan
+from kd_det.run.plan import read_plan, run_plan
 
 QUICK = ["SOLVER.MAX_ITER", "2", "KD.PRE_STAGE.MAX_ITER", "2", "DATASETS.TEST", "()"]
 

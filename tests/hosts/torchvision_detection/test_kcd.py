@@ -10,7 +10,8 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from kd_det.checks import KDError
+from kd_det.core.errors import KDError
+from kd_det.hosts.lightning.optim import learning_rate_factor
 from kd_det.hosts.torchvision_detection import model as host_model
 from kd_det.hosts.torchvision_detection.data import CocoDataset, collate, train_loader
 from kd_det.hosts.torchvision_detection.kcd import build_condensation, planned_config
@@ -20,7 +21,6 @@ from kd_det.hosts.torchvision_detection.uncertainty import (
     recorded_matches,
     roi_values,
 )
-from kd_det.loop.optim import learning_rate_factor
 from tests.hosts.torchvision_detection.models import (
     ARCHITECTURES,
     Stop,

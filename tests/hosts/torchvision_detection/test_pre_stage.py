@@ -6,11 +6,11 @@ import pytest
 import torch
 import yaml
 
-from kd_det.checks import KDError
+from kd_det.core.errors import KDError
+from kd_det.core.teacher import FrozenTeacher
 from kd_det.hosts.torchvision_detection.pre_stage import TeacherCaptures
 from kd_det.hosts.torchvision_detection.taps import tap_table
 from kd_det.hosts.torchvision_detection.train import build_training_model, run
-from kd_det.teacher import FrozenTeacher
 from tests.hosts.torchvision_detection.models import batch, distilled, teacher_model
 
 BOX_TAPS = ["box_pooled", "box_features"]

@@ -13,7 +13,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from kd_det.data.digits import DigitsSpec, write_digits
+from kd_det.data.digits.detection import DigitsSpec, write_digits
 from kd_det.hosts.torchvision_detection.data import CocoDataset
 from kd_det.hosts.torchvision_detection.evaluation import (
     DETECTIONS,

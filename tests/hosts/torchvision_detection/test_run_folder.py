@@ -9,8 +9,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kd_det.hosts.torchvision_detection.train import run
-from kd_det.record import read_record
-from kd_det.tags import CurveTag
+from kd_det.run.curves import CurveTag
+from kd_det.run.record import read_record
 from tests.hosts.run_folder import FILES
 from tests.hosts.torchvision_detection.models import ARCHITECTURES, batch, student_model
 

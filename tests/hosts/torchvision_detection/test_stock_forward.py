@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kd_det.checkpoint import strip_distiller
+from kd_det.core.checkpoint import strip_distiller
 from kd_det.hosts.torchvision_detection import teacher_pass
 from kd_det.hosts.torchvision_detection.model import DistilledDetector
 from kd_det.hosts.torchvision_detection.taps import tap_table

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd_det.checkpoint import read_weights, strip_distiller
+from kd_det.core.checkpoint import read_weights, strip_distiller
+from kd_det.hosts.lightning import optim
 from kd_det.hosts.torchvision_detection import lit
 from kd_det.hosts.torchvision_detection.config import load_config
 from kd_det.hosts.torchvision_detection.data import CocoDataset, StepSampler, collate
 from kd_det.hosts.torchvision_detection.models import build_model
 from kd_det.hosts.torchvision_detection.train import build_training_model, run
-from kd_det.loop import optim
-from kd_det.record import read_record
+from kd_det.run.record import read_record
 from tests.hosts.torchvision_detection.models import Stop, all_terms, student_model, tiny_cfg
 
 

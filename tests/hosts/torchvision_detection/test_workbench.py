@@ -10,10 +10,10 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from kd_det.checks import KDError
+from kd_det.bench.workbench import Detections, open_workbench
+from kd_det.core.errors import KDError
+from kd_det.core.taps import TapRecorder
 from kd_det.hosts.torchvision_detection.train import run
-from kd_det.taps import TapRecorder
-from kd_det.workbench import Detections, open_workbench
 from tests.hosts import workbench_contract as contract
 
 

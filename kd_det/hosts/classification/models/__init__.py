@@ -27,8 +27,8 @@ from typing import Any
 import torchvision
 from torch import nn
 
-from kd_det.checkpoint import SUFFIXES, read_weights
-from kd_det.checks import check_known, fail, nearest
+from kd_det.core.checkpoint import SUFFIXES, read_weights
+from kd_det.core.errors import check_known, fail, nearest
 from kd_det.hosts.classification.checkpoints import load_public
 from kd_det.hosts.classification.models.base import CifarNet, scaled
 from kd_det.hosts.classification.models.mobilenet import CifarMobileNetV2

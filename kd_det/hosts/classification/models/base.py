@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from kd_det.taps import Tap
+from kd_det.core.taps import Tap
 
 
 class CifarNet(nn.Sequential):

@@ -12,15 +12,8 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from kd_det.hosts.classification.models.base import (
-    CifarNet,
-    conv,
-    he_init,
-    head,
-    head_taps,
-    scaled,
-)
-from kd_det.taps import Tap
+from kd_det.core.taps import Tap
+from kd_det.hosts.classification.models.base import CifarNet, conv, he_init, head, head_taps, scaled
 
 _EXPANSION = 6
 _STEM = 32

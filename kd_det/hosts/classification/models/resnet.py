@@ -12,14 +12,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from kd_det.checks import fail
-from kd_det.hosts.classification.models.base import (
-    ResidualNet,
-    conv,
-    he_init,
-    head,
-    shortcut,
-)
+from kd_det.core.errors import fail
+from kd_det.hosts.classification.models.base import ResidualNet, conv, he_init, head, shortcut
 
 WIDTHS = (16, 16, 32, 64)
 

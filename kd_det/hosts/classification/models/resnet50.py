@@ -10,13 +10,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from kd_det.hosts.classification.models.base import (
-    ResidualNet,
-    conv,
-    he_init,
-    head,
-    shortcut,
-)
+from kd_det.hosts.classification.models.base import ResidualNet, conv, he_init, head, shortcut
 
 _STEM = 64
 _WIDTHS = (64, 128, 256, 512)

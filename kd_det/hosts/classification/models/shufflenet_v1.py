@@ -12,13 +12,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from kd_det.hosts.classification.models.base import (
-    ResidualNet,
-    channel_shuffle,
-    conv,
-    head,
-    scaled,
-)
+from kd_det.hosts.classification.models.base import ResidualNet, channel_shuffle, conv, head, scaled
 
 _GROUPS = 3
 _STEM = 24

@@ -12,7 +12,8 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from kd_det.checks import check_known
+from kd_det.core.errors import check_known
+from kd_det.core.taps import Tap
 from kd_det.hosts.classification.models.base import (
     CifarNet,
     channel_shuffle,
@@ -22,7 +23,6 @@ from kd_det.hosts.classification.models.base import (
     last_sum_taps,
     stage_taps,
 )
-from kd_det.taps import Tap
 
 _STEM = 24
 _BLOCKS = (4, 8, 4)

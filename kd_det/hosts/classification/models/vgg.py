@@ -11,9 +11,9 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from kd_det.checks import check_known
+from kd_det.core.errors import check_known
+from kd_det.core.taps import Tap
 from kd_det.hosts.classification.models.base import CifarNet, he_init, head, head_taps
-from kd_det.taps import Tap
 
 #: Channels of the convolutions, block by block, by the number of weight layers of the original.
 VGG_WIDTHS: dict[int, tuple[tuple[int, ...], ...]] = {

@@ -9,7 +9,8 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from kd_det.checks import fail
+from kd_det.core.errors import fail
+from kd_det.core.taps import Tap
 from kd_det.hosts.classification.models.base import (
     CifarNet,
     conv,
@@ -18,7 +19,6 @@ from kd_det.hosts.classification.models.base import (
     head_taps,
     stage_taps,
 )
-from kd_det.taps import Tap
 
 
 class PreActivationBlock(nn.Module):

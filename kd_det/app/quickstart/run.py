@@ -1,0 +1,218 @@
+"""The phases of the quickstart, its table and its last sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from kd_det.app.quickstart.hosts import HOSTS, Host, Results, finished
+from kd_det.app.quickstart.pictures import draw_curves
+from kd_det.bench.workbench import Detections, Workbench, parameters
+from kd_det.data.catalogue import data_root
+from kd_det.data.digits.detection import DigitsSpec, write_digits
+from kd_det.document.detections import draw_detections
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+_TIMED_IMAGES = 30
+# Two thirds of the schedules in the configs, so that two slow cores need no quarter of an hour.
+_TEACHER_SCHEDULE = ("SOLVER.MAX_ITER", "800", "SOLVER.STEPS", "(600, 730)")
+_STUDENT_SCHEDULE = (
+    *("SOLVER.MAX_ITER", "400", "SOLVER.STEPS", "(300, 365)"),
+    *("TEST.EVAL_PERIOD", "100"),  # the points of a student's curve
+)
+_SHOWN_IMAGES = 4
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training of the quickstart."""
+
+    name: str
+    label: str
+    config: str
+
+
+TEACHER = Phase("teacher", "teacher", "teacher_frcnn.yaml")
+ALONE = Phase("student_alone", "student alone", "baseline_frcnn.yaml")
+DISTILLED = Phase("student_distilled", "student distilled", "reviewkd_kd_frcnn.yaml")
+PHASES = (TEACHER, ALONE, DISTILLED)
+
+
+def quickstart(host_name: str, output: Path, opts: Sequence[str] = ()) -> dict[str, Results]:
+    """Run or continue all phases and write table and pictures below ``output``.
+
+    Args:
+        host_name: a key of :data:`kd_det.app.quickstart.hosts.HOSTS`.
+        output: folder of all runs and pictures.
+        opts: further config overrides, the same for all phases.
+
+    Returns:
+        Results per phase.
+    """
+    # The screen of this moment: while a host runs, standard output is a log file.
+    console = Console(file=sys.stdout)
+    host = HOSTS[host_name]()
+    runs = output / host_name
+    started = time.monotonic()
+    console.print(
+        f"[bold]kd_det quickstart[/] on {host_name}: {os.cpu_count()} CPU cores, "
+        f"{torch.get_num_threads()} threads. Everything goes to {output}/ and can be interrupted "
+        "and started again."
+    )
+    with Progress(
+        TextColumn("{task.description:<26}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        redirect_stdout=False,
+    ) as progress:
+        data = _write_data(progress)
+        results = {}
+        for phase in PHASES:
+            results[phase.name] = _train(host, phase, runs, opts, progress)
+    console.print(f"Trained in {(time.monotonic() - started) / 60:.1f} minutes.\n")
+    benches = {phase: host.load(runs / phase.name) for phase in PHASES}
+    images, truth = _validation_images(*data["digits_val"])
+    console.print(_table(benches, results, images))
+    output.mkdir(parents=True, exist_ok=True)
+    students = {phase.label: runs / phase.name for phase in (ALONE, DISTILLED)}
+    draw_curves(students, results[TEACHER.name]["bbox"]["AP"], output / "curves.png")
+    shown = images[:_SHOWN_IMAGES]
+    columns: dict[str, list[Detections]] = {"ground truth": truth[:_SHOWN_IMAGES]}
+    for phase, bench in benches.items():
+        columns[phase.label] = [bench.predict("student", image) for image in shown]  # type: ignore[misc]
+    draw_detections(shown, columns, output / "detections.png")
+    console.print(f"Pictures: {output / 'curves.png'} and {output / 'detections.png'}\n")
+    console.print(_next_step(host_name), soft_wrap=True)
+    return results
+
+
+def _write_data(progress: Progress) -> dict[str, tuple[Path, Path]]:
+    spec = DigitsSpec()
+    total = spec.train_images + spec.val_images
+    task = progress.add_task("images of digits", total=total)
+    data = write_digits(
+        data_root() / "digits", spec, lambda done, of: progress.update(task, completed=done)
+    )
+    progress.update(task, completed=total)
+    return data
+
+
+def _train(
+    host: Host, phase: Phase, runs: Path, opts: Sequence[str], progress: Progress
+) -> Results:
+    output = runs / phase.name
+    task = progress.add_task(phase.label, total=None)
+    done = finished(output)
+    if done is not None:
+        progress.update(task, total=1, completed=1, description=f"{phase.label} (done before)")
+        return done
+
+    def report(stage: str, completed: int, total: int) -> None:
+        # One bar per phase, over training iterations; evaluations in between only change its name.
+        if stage == "train":
+            progress.update(task, completed=completed, total=total, description=phase.label)
+        else:
+            progress.update(task, description=f"{phase.label}, evaluating")
+
+    teacher = runs / TEACHER.name
+    folder = CONFIGS / host.configs
+    overrides = [
+        *("KD.TEACHER.CONFIG_FILE", str(folder / TEACHER.config)),
+        *("KD.TEACHER.WEIGHTS", str(teacher / "model_final.pth")),
+        *(_TEACHER_SCHEDULE if phase is TEACHER else _STUDENT_SCHEDULE),
+        *opts,
+    ]
+    results = host.train(folder / phase.config, overrides, output, report)
+    progress.update(task, description=phase.label)
+    return results
+
+
+def _validation_images(json_file: Path, root: Path) -> tuple[list[Tensor], list[Detections]]:
+    content = json.loads(json_file.read_text())
+    images, truth = [], []
+    for record in content["images"][:_TIMED_IMAGES]:
+        with Image.open(root / record["file_name"]) as file:
+            images.append(pil_to_tensor(file.convert("RGB")))
+        own = [a for a in content["annotations"] if a["image_id"] == record["id"]]
+        boxes = torch.tensor([a["bbox"] for a in own]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        classes = sorted(category["id"] for category in content["categories"])
+        truth.append(
+            Detections(
+                boxes,
+                torch.tensor([classes.index(a["category_id"]) for a in own]),
+                torch.ones(len(own)),
+            )
+        )
+    return images, truth
+
+
+def _table(
+    benches: dict[Phase, Workbench],
+    results: dict[str, Results],
+    images: Sequence[Tensor],
+) -> Table:
+    table = Table(title="Box AP on validation images whose digits were never trained on")
+    for column in ("model", "AP", "AP50", "parameters", "ms per image", "gap recovered"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    low = results[ALONE.name]["bbox"]["AP"]
+    high = results[TEACHER.name]["bbox"]["AP"]
+    for phase, bench in benches.items():
+        box = results[phase.name]["bbox"]
+        share = f"{(box['AP'] - low) / (high - low):.0%}" if high > low else "no gap"
+        table.add_row(
+            phase.label,
+            f"{box['AP']:.1f}",
+            f"{box['AP50']:.1f}",
+            f"{parameters(bench.student):,}",
+            f"{_milliseconds(bench, images):.0f}",
+            share if phase is DISTILLED else "",
+        )
+    return table
+
+
+def _milliseconds(bench: Workbench, images: Sequence[Tensor]) -> float:
+    """Median time of one image, batch size 1, after two images of warm-up."""
+    times = []
+    for image in [*images[:2], *images]:
+        start = time.perf_counter()
+        bench.predict("student", image)
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times[2:])
+
+
+def _next_step(host_name: str) -> str:
+    folder = HOSTS[host_name].configs
+    return (
+        "Next, with your own data in COCO format: train a teacher with\n"
+        f"  .venv/bin/python tools/train_net.py --config-file configs/{folder}/teacher_frcnn.yaml "
+        'DATASETS.COCO_JSON.mine \'["path/to/train.json", "path/to/images"]\' '
+        "DATASETS.TRAIN '(\"mine\",)' ...\n"
+        f"and distil from it with configs/{folder}/reviewkd_kd_frcnn.yaml; README.md, "
+        '"Your own data", has the whole recipe.'
+    )

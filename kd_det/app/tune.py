@@ -1,0 +1,137 @@
+"""The command line of the search; ``tools/tune_terms.py`` only calls :func:`main`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kd_det.app.arguments import config_parser
+from kd_det.core.errors import KDError, fail
+from kd_det.tuning.report import verdict
+from kd_det.tuning.search import Sweep
+from kd_det.tuning.space import SAMPLERS, Space, make_space
+from kd_det.tuning.tune import tune
+
+_DESCRIPTION = """\
+The best loss weights of a run, one key after the other, each with the best of those before.
+It can be interrupted and started again. Overrides of config keys come last."""
+_EXAMPLE = """\
+example:
+  python tools/tune_terms.py --config-file configs/digits_torchvision/reviewkd_kd_frcnn.yaml \\
+      --keys KD.TERMS.review.WEIGHT KD.TERMS.roi_logits.WEIGHT --values 0.1 0.3 1 3 \\
+      --seeds 1 2 --output outputs/tune"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Search. Returns 2 for a mistake in the input, 130 if interrupted, 1 if a value failed."""
+    args = parse_arguments(argv)
+    received: list[int] = []
+
+    def interrupt(signum: int, frame: Any) -> None:
+        # With several jobs the trainings are watched by other threads than this one.
+        received.append(signum)
+        raise KeyboardInterrupt
+
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, interrupt)
+    try:
+        sweeps = tune(
+            args.config_file,
+            read_spaces(args),
+            args.output,
+            metric=args.metric,
+            seeds=args.seeds,
+            overrides=args.opts,
+            jobs=args.jobs,
+            num_gpus=args.num_gpus,
+            stop=lambda: bool(received),
+        )
+    except KDError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command continues where it was.", file=sys.stderr)
+        return 130
+    return _report(sweeps, args.output)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Keys and the values to try for them, the runs, and overrides as in ``train_net.py``."""
+    parser = config_parser(_DESCRIPTION, _EXAMPLE)
+    parser.add_argument(
+        "--keys", nargs="+", required=True, metavar="KEY[=V,V,...]",
+        help="config keys in the order of the search, each with values of its own if wanted",
+    )  # fmt: skip
+    parser.add_argument("--values", nargs="+", default=[], help="try these")
+    parser.add_argument("--low", type=float, help="or a range: its smallest value")
+    parser.add_argument("--high", type=float, help="its largest value")
+    parser.add_argument("--log", action="store_true", help="even in the logarithm")
+    parser.add_argument("--trials", type=int, default=10, help="values from the range (10)")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="of values grid, of a range tpe")
+    parser.add_argument("--metric", default="", help="default bbox/AP or accuracy/top1")
+    parser.add_argument("--seeds", nargs="+", default=[], help="default: the config's")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--jobs", type=int, default=1, help="values trained at a time")
+    parser.add_argument("--num-gpus", type=int, default=1, help="GPUs of each run")
+    return parser
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; overrides may follow a list of numbers, too."""
+    args = argument_parser().parse_args(argv)
+    for name, kind in (("values", float), ("seeds", int)):
+        numbers, overrides = _leading(getattr(args, name), kind)
+        setattr(args, name, numbers)
+        args.opts = [*overrides, *args.opts]
+    return args
+
+
+def _leading(words: Sequence[str], kind: Callable[[str], Any]) -> tuple[list[Any], list[str]]:
+    """The numbers at the beginning of a list, and the rest."""
+    numbers: list[Any] = []
+    for word in words:
+        try:
+            numbers.append(kind(word))
+        except ValueError:
+            break
+    return numbers, list(words[len(numbers) :])
+
+
+def read_spaces(args: argparse.Namespace) -> dict[str, Space]:
+    """The values to try for each key, in the order of the keys.
+
+    Raises:
+        KDError: a key twice, or see :func:`kd_det.tuning.space.make_space`.
+    """
+    spaces = {}
+    for entry in args.keys:
+        key, _, own = entry.partition("=")
+        if key in spaces:
+            fail(expected="every key once", received=f"{key} twice", remedy="leave out one")
+        try:
+            values = [float(value) for value in own.split(",")] if own else args.values
+        except ValueError:
+            fail(expected=f"numbers for {key}", received=own, remedy=f"write {key}=0.1,1,10")
+        spaces[key] = (
+            make_space(values)
+            if own
+            else make_space(
+                values, low=args.low, high=args.high, log=args.log,
+                trials=args.trials, sampler=args.sampler,
+            )
+        )  # fmt: skip
+    return spaces
+
+
+def _report(sweeps: list[Sweep], output: Path) -> int:
+    for sweep in sweeps:
+        print(f"{sweep.key}: {verdict(sweep)}")
+    print(f"Table, plot and best config: {output}/table.md, search.png, best.yaml")
+    failures = [(s.key, p) for s in sweeps for p in s.points if p.failure]
+    for key, point in failures:
+        print(f"error: {key} {point.value:g} failed: {point.failure}", file=sys.stderr)
+    return 1 if failures else 0

@@ -1,0 +1,154 @@
+"""What a balance is, and the one that only looks."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kd_det.balance.shares import TASK, GradientReport, gradient_norms, shares
+from kd_det.core.balance import Balance
+from kd_det.core.errors import fail
+from kd_det.core.numerics import full_precision
+from kd_det.core.terms import Term
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE = 10  # measurements after which a term that none of them could measure is reported
+
+
+class MeasuredBalance(Balance):
+    """Constant weights, and every ``period`` steps a measurement of all gradients.
+
+    Args:
+        terms: the terms of the run.
+        period: steps between two measurements; the first is in step 0.
+
+    Raises:
+        KDError: a term called ``task``, or one that is clipped to the task.
+    """
+
+    def __init__(self, terms: Sequence[Term], period: int = 10) -> None:
+        super().__init__(terms)
+        self.period = period
+        self.place = {term.name: i for i, term in enumerate(terms)}
+        self._measurements = 0
+        self._unmeasured = {name for name, weight in self.configured.items() if weight}
+        for term in terms:
+            if term.name == TASK:
+                fail(
+                    expected="a term of another name: shares of the task's own losses are called "
+                    f"'{TASK}'",
+                    received=f"term '{TASK}'",
+                    remedy="rename the entry in KD.TERMS",
+                )
+            if term.clip != "none":
+                fail(
+                    expected=f"KD.BALANCE.NAME none with term '{term.name}', whose gradient is "
+                    "limited in another way",
+                    received=f"CLIP {term.clip}",
+                    remedy=f"set KD.TERMS.{term.name}.CLIP none, or KD.BALANCE.NAME none",
+                )
+
+    def observe(
+        self,
+        raw: Mapping[str, Tensor],
+        factors: Mapping[str, float],
+        task: Mapping[str, Tensor] | None,
+        shared: Sequence[nn.Parameter] | None,
+        step: int,
+    ) -> dict[str, Tensor]:
+        """Measure, adapt the weights, and say which shares they give.
+
+        Raises:
+            KDError: the caller of the distiller gives no task losses or shared parameters.
+        """
+        if step % self.period:
+            return {}
+        if task is None or shared is None:
+            fail(
+                expected="the task's losses and the shared parameters, for KD.BALANCE",
+                received="a model that gives the distiller neither",
+                remedy="pass task and shared to Distiller.forward, or set KD.BALANCE.NAME none",
+            )
+        losses = {TASK: _total(task, next(iter(raw.values()))), **raw}
+        report = self._measure(losses, shared)
+        self._report_unmeasured(report.norms)
+        with torch.no_grad():
+            values = torch.stack([loss.detach().double() for loss in losses.values()])
+            self.update(torch.stack(list(report.norms.values())), values, factors)
+            weights = {name: self.weight(name, factors[name]) for name in raw}
+            found = shares(report, weights)
+        # Under a gradient scaler a step may overflow; it is skipped, and there is nothing to say.
+        return found if all(torch.isfinite(share) for share in found.values()) else {}
+
+    def update(self, norms: Tensor, losses: Tensor, factors: Mapping[str, float]) -> None:
+        """Adapt the weights.
+
+        Args:
+            norms: gradient norms of the task and the unweighted terms, ``[1 + terms]``.
+            losses: their values, likewise.
+            factors: what each term's schedule says in this step.
+        """
+
+    def _measure(
+        self, losses: Mapping[str, Tensor], shared: Sequence[nn.Parameter]
+    ) -> GradientReport:
+        """Norms of unweighted losses, taken of weighted ones: the run's precision suits these.
+
+        A raw loss may be thousands of times what is trained, and its gradient overflow in half
+        precision, or as much smaller, and vanish.
+        """
+        scales: dict[str, float | Tensor] = {TASK: 1.0}
+        scales |= {name: self._scale(name) for name in losses if name != TASK}
+        report = gradient_norms({n: loss * scales[n] for n, loss in losses.items()}, shared)
+        norms = {name: (norm / scales[name]).abs() for name, norm in report.norms.items()}
+        return GradientReport(norms, report.cosines)
+
+    def _scale(self, name: str) -> float | Tensor:
+        """The weight of a term at full schedule; 1 where that is 0, which nothing divides by."""
+        weight = self.weight(name, 1.0)
+        if isinstance(weight, Tensor):
+            weight = weight.detach()
+            return torch.where(weight == 0, torch.ones_like(weight), weight)
+        return weight or 1.0
+
+    def _report_unmeasured(self, norms: Mapping[str, Tensor]) -> None:
+        """Warn once of terms whose gradient could not be measured in any of the first steps."""
+        self._measurements += 1
+        if not self._unmeasured or self._measurements > _PATIENCE:
+            return
+        found = zip(norms, torch.stack(list(norms.values())).tolist(), strict=True)
+        self._unmeasured -= {name for name, norm in found if math.isfinite(norm) and norm > 0}
+        if self._measurements == _PATIENCE:
+            for name in sorted(self._unmeasured):
+                logger.warning(
+                    "KD.BALANCE could not measure term '%s' in any of its first %d measurements: "
+                    "its gradient on the shared parameters is zero or not finite. As long as that "
+                    "holds, no balance of gradients moves its weight",
+                    name,
+                    _PATIENCE,
+                )
+
+
+def check_signs(weights: Mapping[str, float], scheme: str) -> None:
+    """Refuse negative weights, for schemes that learn a positive factor.
+
+    Raises:
+        KDError: naming the first of them.
+    """
+    for name, weight in weights.items():
+        if weight < 0:
+            fail(
+                expected=f"no negative weights with KD.BALANCE.NAME {scheme}",
+                received=f"KD.TERMS.{name}.WEIGHT {weight:g}",
+                remedy=f"give a positive WEIGHT, or 0 to leave '{name}' off",
+            )
+
+
+def _total(losses: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    parts = [full_precision(loss) for loss in losses.values()]
+    return torch.stack(parts).sum() if parts else torch.zeros_like(like, requires_grad=False)

@@ -1,0 +1,178 @@
+"""What hosts share in showing a run: looks that leave the model as it was, batches that repeat."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from kd_det.core.checkpoint import DISTILLER_PREFIX, load_distiller, read_weights
+from kd_det.core.distiller import Distiller
+from kd_det.core.errors import KDError
+from kd_det.core.taps import TapRecorder
+from kd_det.core.teacher import FrozenTeacher
+from kd_det.procedures.pre_stage import load_pre_stage, pre_stage_losses, teacher_fingerprint
+
+# Between two evaluations of the same weights on a GPU; nothing on a CPU.
+_RTOL, _ATOL = 1e-5, 1e-6
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode and without gradients; every module's mode comes back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        _restore(modes)
+
+
+def training_losses(
+    model: nn.Module, distiller: Distiller | None, *arguments: Any
+) -> dict[str, Tensor]:
+    """One training forward that leaves no trace but in the random streams.
+
+    BatchNorm's statistics and all other buffers are copies for this forward, which the graph
+    keeps; the step of schedules and balance stays.
+
+    Args:
+        model: what trains.
+        distiller: the part of it that counts steps.
+        *arguments: of the model's forward.
+
+    Returns:
+        Its losses, in the graph of the model's own parameters.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    if distiller is not None:
+        # Of this module alone: it counts the steps, the losses inside must train.
+        distiller.training = False
+    try:
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        losses: dict[str, Tensor] = functional_call(model, buffers, arguments)
+        return losses
+    finally:
+        _restore(modes)
+
+
+def repeatable(loader: Iterable[Any], seed_all: Callable[[int], Any], seed: int) -> Iterator[Any]:
+    """Batches of a loader in this process, the same whatever is drawn between two of them.
+
+    Args:
+        loader: draws its augmentation from global streams.
+        seed_all: seeds these streams.
+        seed: of the first batch; each further one has the next.
+    """
+    batches = iter(loader)
+    for step in itertools.count():
+        seed_all(seed + step)
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        yield batch
+
+
+def load_learned(distiller: Distiller, weights: str) -> None:
+    """Take over what the losses of a run have learnt, if its checkpoint is one of a distillation.
+
+    Raises:
+        KDError: the checkpoint is one of other terms.
+    """
+    if any(key.startswith(DISTILLER_PREFIX) for key in read_weights(weights, keep_distiller=True)):
+        load_distiller(distiller, weights)
+
+
+def open_pre_stage(distiller: Distiller, teacher: FrozenTeacher | None, given: str) -> list[str]:
+    """Let terms run whose network the run will first train on the teacher; names of these terms.
+
+    Until then the networks are random: shapes and costs are those of the run, values are not.
+
+    Args:
+        distiller: the run's losses.
+        teacher: None beside a booster.
+        given: ``KD.PRE_STAGE.WEIGHTS``; loaded where terms need it, and then nothing is random.
+
+    Raises:
+        KDError: it is a pre-stage of another teacher or other taps.
+    """
+    losses = {name: x for name, x in pre_stage_losses(distiller).items() if not x[0].is_ready}
+    if losses and given and teacher is not None:
+        load_pre_stage(given, losses, teacher_fingerprint(teacher))
+        return []
+    for loss, _ in losses.values():
+        loss.finish_pre_stage()
+    return list(losses)
+
+
+def export_problems(
+    model: nn.Module,
+    student: nn.Module,
+    reload: Callable[[Path, Path], nn.Module],
+    outputs: Callable[[nn.Module], Mapping[str, Tensor]],
+) -> list[str]:
+    """What differs between a student and the stock model that loads its exported checkpoint.
+
+    Args:
+        model: what trains; its ``state_dict()`` is what the run would write.
+        student: the stock model inside.
+        reload: ``(checkpoint, new folder) -> stock model``: exports the checkpoint into the
+            folder, builds the stock model from what lies there, and loads it.
+        outputs: named tensors of one forward in eval mode.
+
+    Returns:
+        A sentence per fault; empty if there is none. Nothing is left on disk.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "model_final.pth"
+        torch.save({"model": model.state_dict()}, checkpoint)
+        try:
+            stock = reload(checkpoint, Path(folder) / "export")
+        except (KDError, KeyError) as error:  # yacs names unknown keys by the latter
+            return [f"the stock model refuses the checkpoint: {error}"]
+    mine, theirs = outputs(student), outputs(stock.to(next(student.parameters()).device))
+    return [
+        f"{name} of the stock model: {difference}"
+        for name, value in mine.items()
+        if (difference := _difference(value, theirs[name]))
+    ]
+
+
+def detector_outputs(model: nn.Module, predict: Callable[[], Any]) -> dict[str, Tensor]:
+    """Maps of a detector's backbone and its detections in one prediction, by name.
+
+    Detections alone would not do: an untrained student has none.
+
+    Args:
+        model: the detector, with a ``backbone`` that gives its maps by level.
+        predict: runs it once; returns :class:`kd_det.bench.workbench.Detections`.
+    """
+    recorder = TapRecorder(model, {"maps": "backbone"})
+    with evaluating(model), recorder.recording():
+        found = predict()
+    maps = recorder.read()["maps"]
+    recorder.release()
+    return {f"level {name} of the backbone": value for name, value in maps.items()} | vars(found)
+
+
+def _difference(one: Tensor, other: Tensor) -> str:
+    if one.shape != other.shape:
+        return f"shape {tuple(other.shape)} instead of {tuple(one.shape)}"
+    if torch.allclose(one, other, _RTOL, _ATOL):
+        return ""
+    return f"differs by up to {(one - other).abs().max().item():.3g}"
+
+
+def _restore(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    for module, mode in modes:
+        module.training = mode

@@ -1,0 +1,108 @@
+"""Learnable bridges between student and teacher shapes, and the parameter-free ones.
+
+"Adaptor" covers what papers call connector, regressor, projector or guided layer. A transform
+that one paper owns, such as ReviewKD's ABF, lives in that paper's loss file.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kd_det.core.errors import fail
+
+Size = tuple[int, int]
+
+
+class ConvAdaptor(nn.Module):
+    """Convolution -> BatchNorm -> optional ReLU from student to teacher width.
+
+    The convolution follows FitNet's regressor as RepDistiller and mdistiller build it when both
+    sizes are given, and is 1x1 otherwise (fully convolutional, for detectors):
+
+    ======================  ===========================================================
+    sizes                   layer
+    ======================  ===========================================================
+    student = 2 teacher     3x3, stride 2, padding 1
+    2 student = teacher     transposed 4x4, stride 2, padding 1
+    student >= teacher      valid, kernel ``(1 + H_s - H_t, 1 + W_s - W_t)``
+    ======================  ===========================================================
+
+    Both axes are checked; the references look at the height only and silently yield a wrong
+    width.
+
+    Args:
+        student_channels: channels of the student map.
+        teacher_channels: channels of the teacher map.
+        student_size: ``(H, W)`` of the student map, or None.
+        teacher_size: ``(H, W)`` of the teacher map, or None.
+        relu: end in a ReLU; right where the teacher tap is post-ReLU, wrong on FPN levels.
+
+    Raises:
+        KDError: sizes that no row of the table bridges.
+    """
+
+    def __init__(
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        student_size: Size | None = None,
+        teacher_size: Size | None = None,
+        relu: bool = True,
+    ) -> None:
+        super().__init__()
+        self.conv = _bridge(student_channels, teacher_channels, student_size, teacher_size)
+        self.bn = nn.BatchNorm2d(teacher_channels)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C_s, H, W] -> [N, C_t, H', W']``."""
+        x = batch_norm(self.bn, self.conv(x))
+        return F.relu(x) if self.relu else x
+
+
+def _bridge(c_s: int, c_t: int, size_s: Size | None, size_t: Size | None) -> nn.Module:
+    if size_s is None or size_t is None:
+        return nn.Conv2d(c_s, c_t, 1)
+    (h_s, w_s), (h_t, w_t) = size_s, size_t
+    if (h_s, w_s) == (2 * h_t, 2 * w_t):
+        return nn.Conv2d(c_s, c_t, 3, stride=2, padding=1)
+    if (2 * h_s, 2 * w_s) == (h_t, w_t):
+        return nn.ConvTranspose2d(c_s, c_t, 4, stride=2, padding=1)
+    if h_s >= h_t and w_s >= w_t:
+        return nn.Conv2d(c_s, c_t, (1 + h_s - h_t, 1 + w_s - w_t))
+    fail(
+        expected="a student map that is at least as large as the teacher's, or exactly half of it",
+        received=f"student {h_s}x{w_s}, teacher {h_t}x{w_t}",
+        remedy="tap layers of the same stride",
+    )
+
+
+def batch_norm(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """Apply ``bn``, with a clear error where training statistics do not exist.
+
+    Raises:
+        KDError: training mode and one value per channel (a batch of 1 with a 1x1 map).
+    """
+    if bn.training and x.numel() == x.shape[1]:
+        fail(
+            expected="more than one value per channel, as BatchNorm needs in training",
+            received=f"a map of shape {tuple(x.shape)}",
+            remedy="use a batch of at least 2 (DROP_LAST), or leave out the 1x1 tap",
+        )
+    return bn(x)
+
+
+def crop_to(tensor: Tensor, like: Tensor) -> Tensor:
+    """Crop the last two axes to those of ``like``.
+
+    Both maps begin at the same pixel and have the same stride, so what a larger padding divisor
+    adds lies at the bottom and right and can be cut without shifting anything.
+    """
+    return tensor[..., : like.shape[-2], : like.shape[-1]]
+
+
+def resize_nearest(x: Tensor, size: Size | torch.Size) -> Tensor:
+    """Nearest-neighbour resize of ``[N, C, H, W]``; the input itself if the size already fits."""
+    return x if x.shape[-2:] == tuple(size) else F.interpolate(x, tuple(size), mode="nearest")

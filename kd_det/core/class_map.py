@@ -1,0 +1,277 @@
+"""Which of the teacher's classes is which of the student's, by name; and logits that follow.
+
+A teacher with more classes than the student, or with the same in another order, can teach logits
+once its columns are the student's classes: :func:`match_classes` finds them by name,
+:func:`map_logits` and :func:`map_labels` apply them.
+
+Shapes: K_s classes of the student, K_t of the teacher. Heads with a background have one logit
+more, first (torchvision) or last (Detectron2).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kd_det.core.errors import closest, fail, nearest
+from kd_det.core.loss import TapSpec
+from kd_det.core.numerics import full_precision
+
+NAMES_KEY = "KD.TEACHER.CLASS_NAMES"
+_LISTED = 12
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """Where each of the student's classes stands among the teacher's outputs.
+
+    Attributes:
+        student: names of the student's classes, in the order of its outputs.
+        teacher: likewise for the teacher.
+        indices: per student class, the index of the teacher's class.
+    """
+
+    student: tuple[str, ...]
+    teacher: tuple[str, ...]
+    indices: tuple[int, ...]
+
+    @property
+    def student_classes(self) -> int:
+        """K_s, without a background."""
+        return len(self.student)
+
+    @property
+    def teacher_classes(self) -> int:
+        """K_t, without a background."""
+        return len(self.teacher)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether every column stays where it is."""
+        return self.indices == tuple(range(self.teacher_classes))
+
+    @property
+    def unmapped(self) -> tuple[int, ...]:
+        """Indices of the teacher's classes that the student does not know."""
+        known = set(self.indices)
+        return tuple(k for k in range(self.teacher_classes) if k not in known)
+
+    def pairs(self) -> list[tuple[str, str, int]]:
+        """Per student class: its name, the teacher's name for it, and the teacher's index."""
+        return [(s, self.teacher[k], k) for s, k in zip(self.student, self.indices, strict=True)]
+
+    def describe(self) -> str:
+        """The map in one line, cut where there are many classes."""
+        named = [f"{s} <- {t} ({k})" if s != t else f"{s} ({k})" for s, t, k in self.pairs()]
+        rest = [self.teacher[k] for k in self.unmapped]
+        text = (
+            f"{self.student_classes} classes of the student from {self.teacher_classes} of the "
+            f"teacher (index): {listed(named)}"
+        )
+        return f"{text}; unknown to the student: {listed(rest)}" if rest else text
+
+
+def match_classes(
+    student: Sequence[str], teacher: Sequence[str], class_map: Mapping[Any, Any] | None = None
+) -> ClassMap:
+    """Find the teacher's class of each of the student's classes by name.
+
+    Args:
+        student: names in the order of the student's outputs.
+        teacher: names in the order of the teacher's outputs.
+        class_map: student's name to teacher's, where they differ.
+
+    Raises:
+        KDError: a name twice on one side; a class that the teacher lacks; names in ``class_map``
+            that neither side has; or two classes of the student that would share one of the
+            teacher's, which cannot tell them apart.
+    """
+    own, others = as_names("the student's classes", student), as_names("the teacher's", teacher)
+    for side, names in (("student", own), ("teacher", others)):
+        _refuse_repeated(side, names)
+    keys = as_names("KD.CLASS_MAP's student classes", list(class_map or {}))
+    values = as_names("KD.CLASS_MAP's teacher classes", list((class_map or {}).values()))
+    for side, given, known in (("student", keys, own), ("teacher", values, others)):
+        for name in given:
+            if name not in known:
+                fail(
+                    expected=f"KD.CLASS_MAP to name classes of the {side}",
+                    received=f"'{name}'",
+                    remedy=nearest(name, known),
+                )
+    renamed = dict(zip(keys, values, strict=True))
+    wanted = [renamed.get(name, name) for name in own]
+    missing = [name for name in wanted if name not in others]
+    if missing:
+        _refuse_missing(missing, others, len(own))
+    shared = [name for name, count in Counter(wanted).items() if count > 1]
+    if shared:
+        users = {
+            name: [s for s, t in zip(own, wanted, strict=True) if t == name] for name in shared
+        }
+        fail(
+            expected="each class of the teacher to teach one class of the student",
+            received="; ".join(f"'{name}' for {', '.join(users[name])}" for name in shared),
+            remedy="correct KD.CLASS_MAP, or distil features only: the teacher cannot tell these "
+            "classes of the student apart",
+        )
+    return ClassMap(own, others, tuple(others.index(name) for name in wanted))
+
+
+def map_logits(
+    logits: Tensor,
+    class_map: ClassMap | None,
+    background: Literal["first", "last"] | None = None,
+    exclusive: bool = True,
+) -> Tensor:
+    r"""The teacher's logits, as logits of the student's classes.
+
+    To the student, an object of a class it does not know is background. So where classes exclude
+    each other the background takes their probability,
+    :math:`b' = \log(e^b + \sum_{k\ \mathrm{unknown}} e^{z_k})`, and at temperature 1 the softmax
+    of the result holds the teacher's marginals exactly. Independent (sigmoid) classes are
+    selected. Without a background selecting is conditioning: the teacher's probabilities, given
+    that it is one of the student's classes.
+
+    Args:
+        logits: ``[..., K_t]``, or ``[..., K_t + 1]`` with a background; log-probabilities will do.
+        class_map: None changes nothing, nor does the identity.
+        background: where it stands, if there is one.
+        exclusive: whether the head was trained with a softmax.
+
+    Returns:
+        ``[..., K_s]`` or ``[..., K_s + 1]``, the background where it was. At least float32 where
+        probabilities were added up.
+
+    Raises:
+        KDError: another number of logits than the map is for.
+    """
+    if class_map is None or class_map.is_identity:
+        return logits
+    columns = class_map.teacher_classes + (background is not None)
+    if logits.shape[-1] != columns:
+        fail(
+            expected=f"{columns} logits of the teacher",
+            received=f"shape {tuple(logits.shape)}",
+            remedy="match the classes of this teacher",
+        )
+    first = int(background == "first")
+    rest = tuple(k + first for k in class_map.unmapped) if exclusive and background else ()
+    if rest:
+        logits = full_precision(logits)
+    known = logits.index_select(-1, _index(tuple(k + first for k in class_map.indices), logits))
+    if background is None:
+        return known
+    own = 0 if first else class_map.teacher_classes
+    ground = logits.index_select(-1, _index((own, *rest), logits))
+    if rest:
+        ground = ground.logsumexp(dim=-1, keepdim=True)
+    return torch.cat([ground, known] if first else [known, ground], dim=-1)
+
+
+def map_labels(labels: Tensor, class_map: ClassMap | None, first: int = 0) -> Tensor:
+    """The teacher's labels of the student's labels, to pick the teacher's channel of a class.
+
+    Args:
+        labels: integers of any shape, none of them background.
+        class_map: None changes nothing.
+        first: label of the first class: 1 where 0 is the background.
+    """
+    if class_map is None:
+        return labels
+    return _index(class_map.indices, labels)[labels - first] + first
+
+
+def mapped_specs(
+    specs: Mapping[str, Any], class_map: ClassMap | None, backgrounds: Mapping[str, int]
+) -> dict[str, Any]:
+    """The teacher's specs once its logits are mapped.
+
+    Args:
+        specs: a :class:`~kd_det.core.loss.TapSpec`, or a list of them, by tap name.
+        class_map: None changes nothing.
+        backgrounds: taps of logits, and how many of their channels are no class.
+
+    Raises:
+        KDError: the map is for a teacher with another number of classes.
+    """
+    if class_map is None:
+        return dict(specs)
+    mapped = dict(specs)
+    for name in mapped.keys() & backgrounds.keys():
+        extra, spec = backgrounds[name], mapped[name]
+        several = isinstance(spec, (list, tuple))
+        found = [_mapped(name, s, class_map, extra) for s in (spec if several else [spec])]
+        mapped[name] = found if several else found[0]
+    return mapped
+
+
+def as_names(what: str, names: Collection[Any]) -> tuple[str, ...]:
+    """Names of a config as strings; YAML and the command line read ``3`` as a number.
+
+    Raises:
+        KDError: something that is no name.
+    """
+    for name in names:
+        # YAML reads an unquoted no as False: what was meant is lost.
+        if isinstance(name, bool) or not isinstance(name, (str, int)):
+            fail(
+                expected=f"names in {what}",
+                received=f"{name!r} ({type(name).__name__})",
+                remedy="put the name in quotes",
+            )
+    return tuple(map(str, names))
+
+
+def _mapped(name: str, spec: TapSpec, class_map: ClassMap, background: int) -> TapSpec:
+    if spec.channels != class_map.teacher_classes + background:
+        fail(
+            expected=f"a class map for the teacher's {spec.channels - background} classes ({name})",
+            received=f"one for {class_map.teacher_classes}",
+            remedy="match the classes of this teacher",
+        )
+    return replace(spec, channels=class_map.student_classes + background)
+
+
+def _refuse_repeated(side: str, names: Sequence[str]) -> None:
+    repeated = [f"'{name}' ({n} times)" for name, n in Counter(names).items() if n > 1]
+    if repeated:
+        fail(
+            expected=f"a name of its own for every class of the {side}",
+            received=", ".join(repeated),
+            remedy="rename them in the categories of its training data"
+            + (f" or in {NAMES_KEY}" if side == "teacher" else ""),
+        )
+
+
+def _refuse_missing(missing: Sequence[str], teacher: Sequence[str], classes: int) -> None:
+    hints = [(name, closest(name, teacher)) for name in missing]
+    named = [f"'{name}' (nearest: '{hint}')" if hint else f"'{name}'" for name, hint in hints]
+    fail(
+        expected="the teacher to know every class of the student, where logits are compared",
+        received=f"{len(missing)} of {classes} that it does not know: {listed(named)}",
+        remedy="name the teacher's class for each in KD.CLASS_MAP {student: teacher}, or distil "
+        f"features only; the teacher knows {listed(teacher)}",
+    )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for a message, cut where there are many."""
+    shown = ", ".join(names[:_LISTED])
+    return shown if len(names) <= _LISTED else f"{shown}, ... ({len(names)} in all)"
+
+
+def _index(columns: tuple[int, ...], like: Tensor) -> Tensor:
+    return _index_on(columns, like.device)
+
+
+@lru_cache(maxsize=64)
+def _index_on(columns: tuple[int, ...], device: torch.device) -> Tensor:
+    # Copied to a device once: a copy in every step would make the host wait for it.
+    return torch.tensor(columns, device=device)

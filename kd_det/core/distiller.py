@@ -1,0 +1,264 @@
+"""Binds taps, adaptor, loss, weight and schedule into named, weighted terms. Runs no model."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_det.balance import Balance
+from kd_det.core.errors import check_known, fail
+from kd_det.core.loss import DistillLoss, TapSpec
+from kd_det.core.numerics import zero_in_graph
+from kd_det.core.registry import LOSSES
+from kd_det.core.terms import Term, build_schedule, parse_terms
+
+logger = logging.getLogger(__name__)
+
+
+class Distiller(nn.Module):
+    """The losses of one run, with whatever they learn.
+
+    It belongs beside the student inside the module that DDP wraps; its parameters join the
+    student's optimiser and its state lives under ``distiller.*`` in the checkpoint.
+
+    Args:
+        terms: parsed terms, or the mapping :func:`kd_det.core.terms.parse_terms` reads.
+        student_specs: what each student tap delivers, by tap name.
+        teacher_specs: likewise for the teacher. A name may map to a list of specs if it stands
+            for several tensors (``box_logits`` of a cascade).
+        context: names of the context the caller offers, for losses that need it.
+        report_period: number of steps after which terms that contributed nothing are reported.
+        balance: adapts the weights to the run, see :mod:`kd_det.balance`; None keeps them as they
+            are configured.
+
+    Attributes:
+        metrics: of the last forward, detached scalars for logging: ``raw/<term>``, the loss
+            without its weight; ``weight/<term>``, all that it was multiplied by; and, in steps in
+            which the balance measured them, ``share/task`` and ``share/<term>``.
+
+    Raises:
+        KDError: an unknown loss, tap, schedule or argument, or taps that cannot be bridged.
+
+    Example:
+        >>> distiller = Distiller(
+        ...     {"hint": {"LOSS": "FitNet", "WEIGHT": 100.0, "TAPS": ["layer2"]}},
+        ...     {"layer2": TapSpec(16, size=(8, 8))},
+        ...     {"layer2": TapSpec(64, size=(8, 8))},
+        ... )
+        >>> losses = distiller(student_taps.read(), teacher_taps.read())
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[Term] | Mapping[str, Mapping[str, Any]],
+        student_specs: Mapping[str, TapSpec | Sequence[TapSpec]],
+        teacher_specs: Mapping[str, TapSpec | Sequence[TapSpec]],
+        context: Collection[str] = (),
+        report_period: int = 1000,
+        balance: Balance | None = None,
+    ) -> None:
+        super().__init__()
+        self.specs = list(parse_terms(terms) if isinstance(terms, Mapping) else terms)
+        self.terms = nn.ModuleDict()
+        self.schedules = {}
+        for term in self.specs:
+            self.terms[term.name] = build_loss(term, student_specs, teacher_specs, context)
+            self.schedules[term.name] = build_schedule(f"term '{term.name}'", term.schedule)
+        self.balance = Balance(self.specs) if balance is None else balance
+        self.metrics: dict[str, Tensor] = {}
+        # On the device for the checkpoint, as an int for the schedules: reading it back from a
+        # GPU in every step would make the host wait.
+        self.step: Tensor
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+        self._step = 0
+        self.register_load_state_dict_post_hook(_read_step)
+        self.report_period = report_period
+        self._active: dict[str, Tensor] = {}
+        self._steps_since_report = 0
+
+    def forward(
+        self,
+        student: Mapping[str, Any],
+        teacher: Mapping[str, Any],
+        context: Mapping[str, Any] | None = None,
+        task: Mapping[str, Tensor] | None = None,
+        shared: Sequence[nn.Parameter] | None = None,
+    ) -> dict[str, Tensor]:
+        """Weighted scalar losses by term name, and nothing else: trainers sum the dict.
+
+        Args:
+            student: recorded tensors by student tap name; a list where a name stands for
+                several.
+            teacher: likewise for the teacher.
+            context: what losses need beyond features. A mapping by tap name is narrowed to the
+                term's taps, in their order.
+            task: the student's own losses by name, for a balance.
+            shared: the student's parameters on which a balance compares gradients.
+        """
+        raw: dict[str, Tensor] = {}
+        inputs: dict[str, list[Tensor]] = {}
+        for term in self.specs:
+            loss: DistillLoss = self.terms[term.name]  # type: ignore[assignment]
+            s = _gather([tap for tap, _ in term.taps], student)
+            t = _gather([tap for _, tap in term.taps], teacher)
+            extra = {name: _narrow((context or {})[name], term) for name in loss.needs}
+            raw[term.name] = loss(s, t, **extra)
+            inputs[term.name] = [*s, *loss.parameters()]
+        losses = self._weigh(raw, inputs, task, shared)
+        if self.training:
+            self.step += 1
+            self._step += 1
+            self._steps_since_report += 1
+            if self._steps_since_report >= self.report_period:
+                self.report_silent()
+        return losses
+
+    def _weigh(
+        self,
+        raw: Mapping[str, Tensor],
+        inputs: Mapping[str, Sequence[Tensor]],
+        task: Mapping[str, Tensor] | None,
+        shared: Sequence[nn.Parameter] | None,
+    ) -> dict[str, Tensor]:
+        factors = {name: schedule(self._step) for name, schedule in self.schedules.items()}
+        measured = {}
+        if self.training and torch.is_grad_enabled():
+            measured = self.balance.observe(raw, factors, task, shared, self._step)
+        self.metrics = {f"share/{name}": share for name, share in measured.items()}
+        losses = {}
+        for name, factor in factors.items():
+            weight = self.balance.weight(name, factor)
+            if self.balance.configured[name] * factor:
+                losses[name] = self.balance.weigh(name, raw[name], factor)
+                self._note(name, raw[name])
+            else:
+                # It must not let a non-finite loss or gradient through: 0 * inf is nan.
+                losses[name] = zero_in_graph([*inputs[name], *self.balance.parameters()])
+                self._note(name, losses[name])
+            if not isinstance(weight, Tensor):
+                # Filled in on the device: copying a number there would make the host wait.
+                weight = torch.full_like(raw[name].detach(), weight)
+            self.metrics |= {f"raw/{name}": raw[name].detach(), f"weight/{name}": weight}
+        return losses
+
+    def report_silent(self) -> list[str]:
+        """Warn about, and return, terms that were zero in every step since the last report."""
+        silent = [name for name, active in self._active.items() if not bool(active)]
+        for name in silent:
+            logger.warning(
+                "term '%s' was exactly zero in all of the last %d steps: it taps nothing, has no "
+                "positives, or its weight is 0",
+                name,
+                self._steps_since_report,
+            )
+        self._active = {}
+        self._steps_since_report = 0
+        return silent
+
+    def _note(self, name: str, loss: Tensor) -> None:
+        active = loss.detach() != 0
+        previous = self._active.get(name)
+        self._active[name] = active if previous is None else previous | active
+
+
+def build_loss(
+    term: Term,
+    student_specs: Mapping[str, TapSpec | Sequence[TapSpec]],
+    teacher_specs: Mapping[str, TapSpec | Sequence[TapSpec]],
+    context: Collection[str] = (),
+) -> DistillLoss:
+    """Build the loss of one term for the tapped shapes.
+
+    Raises:
+        KDError: see :class:`Distiller`.
+    """
+    where = f"term '{term.name}'"
+    student = _gather_specs(where, "student", [s for s, _ in term.taps], student_specs)
+    teacher = _gather_specs(where, "teacher", [t for _, t in term.taps], teacher_specs)
+    if len(student) != len(teacher):
+        fail(
+            expected=f"{where} to tap as many student as teacher tensors",
+            received=f"{len(student)} and {len(teacher)}",
+            remedy="choose models with as many stages or levels, or name pairs of taps",
+        )
+    loss_class: type[DistillLoss] = LOSSES.get(term.loss)
+    for need in loss_class.needs:
+        if need not in context:
+            fail(
+                expected=f"{where} ({term.loss}) to get '{need}' from its host",
+                received=f"a host that offers {', '.join(context) or 'nothing'}",
+                remedy="use a loss that needs features only, or a detection host",
+            )
+    given = dict(term.arguments)
+    given.update(
+        (k, v)
+        for k, v in loss_class.tap_arguments(student, teacher, given).items()
+        if k not in given
+    )
+    required = [
+        name
+        for name, p in inspect.signature(loss_class.__init__).parameters.items()
+        if p.default is p.empty
+        and name not in given
+        and name != "self"
+        and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    if required:
+        fail(
+            expected=f"{where} to give {', '.join(n.upper() for n in required)} to {term.loss}",
+            received=f"{', '.join(n.upper() for n in term.arguments) or 'no arguments'}",
+            remedy="add the missing key",
+        )
+    return loss_class(**given)
+
+
+def _gather_specs(
+    where: str,
+    side: str,
+    names: Sequence[str],
+    specs: Mapping[str, TapSpec | Sequence[TapSpec]],
+) -> list[TapSpec]:
+    for name in names:
+        check_known(f"{side} tap of {where}", name, specs)
+    return _gather(names, specs)
+
+
+def _gather(names: Sequence[str], values: Mapping[str, Any]) -> list[Any]:
+    gathered: list[Any] = []
+    for name in names:
+        value = values[name]
+        gathered.extend(value if isinstance(value, (list, tuple)) else [value])
+    return gathered
+
+
+def _narrow(value: Any, term: Term) -> Any:
+    return [value[tap] for tap, _ in term.taps] if isinstance(value, Mapping) else value
+
+
+def _read_step(module: Any, incompatible: Any) -> None:
+    module._step = int(module.step)
+
+
+def tap_specs(captures: Mapping[str, Any]) -> dict[str, TapSpec | list[TapSpec]]:
+    """Specs of tensors recorded from one example batch, for models of a fixed input size.
+
+    Args:
+        captures: ``TapRecorder.read()`` after a forward of an example.
+
+    Returns:
+        Channels, and ``(H, W)`` for maps; a list where several tensors were recorded.
+    """
+    return {
+        name: [_spec(v) for v in value] if isinstance(value, (list, tuple)) else _spec(value)
+        for name, value in captures.items()
+    }
+
+
+def _spec(value: Tensor) -> TapSpec:
+    size = (value.shape[2], value.shape[3]) if value.dim() == 4 else None
+    return TapSpec(channels=value.shape[1], size=size)

@@ -1,0 +1,1 @@
+"""Handwritten digits: images of one digit, and a detection data set drawn from them."""

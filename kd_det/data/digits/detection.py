@@ -1,0 +1,399 @@
+"""A detection data set that is always there: handwritten digits on cluttered canvases.
+
+scikit-learn bundles 1,797 real handwritten digits of 8 x 8 pixels. They are up-sampled smoothly and
+pasted in random colours and sizes on canvases with gradients, texture, strokes and blobs, among
+fragments and scrambled digits that are not labelled, and partly hidden by what is pasted later.
+The result is an ordinary COCO data set with boxes and masks:
+
+    root/spec.json                     the settings it was made with
+    root/annotations/digits_train.json
+    root/annotations/digits_val.json
+    root/train/000000.png ...          (H, W, 3) RGB
+    root/val/000000.png ...
+
+Train and validation share no source digit. Every image depends only on the seed, its split and its
+index, so any image can be rendered alone and in any order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from kd_det.core.errors import check_choice, fail
+from kd_det.data.digits.polygons import mask_to_polygons
+from kd_det.data.digits.scene import Scene
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "val")
+CLASS_NAMES = tuple("0123456789")
+_EXTRA_TRIES = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class DigitsSpec:
+    """Everything the data set depends on.
+
+    Args:
+        canvas: height and width of every image in pixels, at least 96.
+        train_images: number of training images.
+        val_images: number of validation images.
+        seed: non-negative, below 2**32.
+        min_digits: fewest digits in an image.
+        max_digits: most digits in an image.
+        min_size: height of the smallest digit before rotation, as a share of the canvas.
+        max_size: height of the largest one, at most 0.5.
+        min_visible: share of its pixels that every digit keeps under what is pasted later.
+        val_share: share of the source digits of every class that is kept for validation.
+
+    Raises:
+        KDError: a value is out of its range.
+    """
+
+    canvas: int = 160
+    train_images: int = 1500
+    val_images: int = 300
+    seed: int = 0
+    min_digits: int = 3
+    max_digits: int = 8
+    min_size: float = 0.0875
+    max_size: float = 0.35
+    min_visible: float = 0.4
+    val_share: float = 0.25
+
+    def __post_init__(self) -> None:
+        for names, holds, range_text in (
+            (("canvas",), self.canvas >= 96, "at least 96 pixels"),
+            (("train_images",), self.train_images >= 1, "at least 1"),
+            (("val_images",), self.val_images >= 1, "at least 1"),
+            (("seed",), 0 <= self.seed < 2**32, "from 0 to 4294967295"),
+            (
+                ("min_digits", "max_digits"),
+                1 <= self.min_digits <= self.max_digits <= 12,
+                "1 <= min_digits <= max_digits <= 12",
+            ),
+            (
+                ("min_size", "max_size"),
+                0.05 <= self.min_size <= self.max_size <= 0.5,
+                "0.05 <= min_size <= max_size <= 0.5 (shares of the canvas)",
+            ),
+            (("min_visible",), 0.1 <= self.min_visible <= 1, "from 0.1 to 1"),
+            (("val_share",), 0.05 <= self.val_share <= 0.9, "from 0.05 to 0.9"),
+        ):
+            if not holds:
+                fail(
+                    expected=f"digits data with {' and '.join(names)} {range_text}",
+                    received=", ".join(f"{name}={getattr(self, name)}" for name in names),
+                    remedy=f"choose {' and '.join(names)} within that range",
+                )
+
+    def images(self, split: str) -> int:
+        """Return the number of images in a split, ``train`` or ``val``."""
+        return self.train_images if split == "train" else self.val_images
+
+
+@dataclasses.dataclass(frozen=True)
+class DigitInstance:
+    """One labelled digit.
+
+    Args:
+        label: the digit, 0..9.
+        source_digit: its index among scikit-learn's 1,797.
+        mask: ``(H, W)`` boolean, the pixels that are visible.
+    """
+
+    label: int
+    source_digit: int
+    mask: NDArray[np.bool_]
+
+    @property
+    def box(self) -> list[float]:
+        """``[x, y, width, height]`` in pixels, tight around the visible pixels."""
+        rows = np.flatnonzero(self.mask.any(axis=1))
+        columns = np.flatnonzero(self.mask.any(axis=0))
+        x, y = int(columns[0]), int(rows[0])
+        return [float(v) for v in (x, y, columns[-1] + 1 - x, rows[-1] + 1 - y)]
+
+    @property
+    def area(self) -> float:
+        """Number of visible pixels."""
+        return float(self.mask.sum())
+
+
+@lru_cache(maxsize=1)
+def _sources() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """``(1797, 8, 8)`` in 0..1 and the ``(1797,)`` classes."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return (digits.images / 16).astype(np.float32), digits.target.astype(np.int64)
+
+
+@lru_cache(maxsize=8)
+def source_digits(spec: DigitsSpec, split: str) -> NDArray[np.int64]:
+    """Sorted indices of the source digits a split may use; disjoint, every class in proportion."""
+    from sklearn.model_selection import train_test_split
+
+    check_choice("split", split, SPLITS)
+    _, classes = _sources()
+    train, val = train_test_split(
+        np.arange(len(classes)),
+        test_size=spec.val_share,
+        stratify=classes,
+        random_state=spec.seed,
+    )
+    return np.sort(train if split == "train" else val)
+
+
+def render_image(
+    spec: DigitsSpec, split: str, index: int
+) -> tuple[NDArray[np.uint8], list[DigitInstance]]:
+    """Render one image; the same arguments always give the same pixels.
+
+    Args:
+        spec: the data set.
+        split: ``train`` or ``val``.
+        index: the image's number, from 0; it need not be below the split's number of images.
+
+    Returns:
+        The ``(H, W, 3)`` uint8 RGB image and its digits, in the order they were pasted.
+
+    Raises:
+        KDError: an unknown split, or settings that leave no room for ``min_digits`` digits.
+    """
+    candidates = source_digits(spec, split)
+    images, classes = _sources()
+    # What is left of these classes cannot be taken for another digit, unlike half a 1, 7 or 8.
+    for_distractors = candidates[np.isin(classes[candidates], [0, 2, 3, 5])]
+    rng = np.random.default_rng([spec.seed, SPLITS.index(split), index])
+    scene = Scene(rng, spec.canvas, spec.min_visible)
+
+    def random_source() -> int:
+        # First the class, so that all ten are equally frequent in every split.
+        label = rng.integers(10)
+        return int(rng.choice(candidates[classes[candidates] == label]))
+
+    def random_size(largest: float = 1.0) -> float:
+        low, high = np.log(spec.min_size), np.log(spec.max_size * largest)
+        return float(np.exp(rng.uniform(low, max(low, high)))) * spec.canvas
+
+    wanted = int(rng.integers(spec.min_digits, spec.max_digits + 1))
+    distractors = int(rng.integers(1, 6))
+    placed: list[int] = []
+    for is_digit in rng.permutation([True] * wanted + [False] * distractors):
+        if not is_digit:
+            scene.add_distractor(images[rng.choice(for_distractors)], random_size())
+            continue
+        source = random_source()
+        if scene.add_digit(images[source], random_size()):
+            placed.append(source)
+    for _ in range(_EXTRA_TRIES):
+        if len(placed) >= spec.min_digits:
+            break
+        # Where the canvas is crowded, smaller ones find a place.
+        source = random_source()
+        if scene.add_digit(images[source], random_size(largest=0.3)):
+            placed.append(source)
+    else:
+        fail(
+            expected=f"room for {spec.min_digits} digits, each at least "
+            f"{spec.min_visible:.0%} visible",
+            received=f"room for {len(placed)} in image {index} of '{split}'",
+            remedy="lower min_digits, min_size, max_size or min_visible",
+        )
+    for _ in range(rng.integers(0, 4)):
+        scene.add_stroke()
+    instances = [
+        DigitInstance(int(classes[source]), source, mask)
+        for source, mask in zip(placed, scene.visible, strict=True)
+    ]
+    return scene.finish(), instances
+
+
+def digits_paths(root: Path) -> dict[str, tuple[Path, Path]]:
+    """``{"digits_train": (json, image_root), "digits_val": ...}`` below ``root``."""
+    root = Path(root)
+    return {
+        f"digits_{split}": (root / "annotations" / f"digits_{split}.json", root / split)
+        for split in SPLITS
+    }
+
+
+def write_digits(
+    root: Path,
+    spec: DigitsSpec | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, tuple[Path, Path]]:
+    """Write the data set, or reuse it where it was written before with the same settings.
+
+    It is written to a folder beside ``root`` and renamed at the end, so ``root`` is either absent
+    or complete, and nothing that exists is overwritten.
+
+    Args:
+        root: folder of the data set; it may be missing or empty.
+        spec: the data set; by default ``DigitsSpec()``.
+        progress: called with the images done and the images in all, after each image.
+
+    Returns:
+        ``{"digits_train": (json, image_root), "digits_val": (json, image_root)}``, the shape of
+        ``DATASETS.COCO_JSON``.
+
+    Raises:
+        KDError: ``root`` holds something else, other settings, or an incomplete data set.
+    """
+    root, spec = Path(root), spec or DigitsSpec()
+    if _is_written(root, spec):
+        return digits_paths(root)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
+        # A folder inside the scratch folder, as the scratch folder itself is readable by its
+        # owner only.
+        fresh = Path(scratch) / root.name
+        (fresh / "annotations").mkdir(parents=True)
+        done = 0
+        for split in SPLITS:
+            (fresh / split).mkdir()
+            records: list[dict[str, Any]] = []
+            annotations: list[dict[str, Any]] = []
+            for index in range(spec.images(split)):
+                image, instances = render_image(spec, split, index)
+                record = _image_record(spec, index)
+                _write_png(fresh / split / record["file_name"], image)
+                records.append(record)
+                for instance in instances:
+                    annotations.append(_annotation(instance, record["id"], len(annotations) + 1))
+                done += 1
+                if progress is not None:
+                    progress(done, spec.train_images + spec.val_images)
+            _write_json(digits_paths(fresh)[f"digits_{split}"][0], _coco(records, annotations))
+        _write_json(fresh / "spec.json", _stored(spec))
+        try:
+            os.replace(fresh, root)
+        except OSError:
+            # Another process may have finished the same data set in the meantime.
+            if not _is_written(root, spec):
+                raise
+    return digits_paths(root)
+
+
+def _is_written(root: Path, spec: DigitsSpec) -> bool:
+    """Whether the data set is there; an error where anything else is."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return False
+    stored_file, wanted = root / "spec.json", _stored(spec)
+    try:
+        stored = json.loads(stored_file.read_bytes()) if stored_file.is_file() else None
+    except ValueError:
+        stored = None
+    if not isinstance(stored, dict) or "format" not in stored:
+        fail(
+            expected=f"digits data or an empty place at {root}",
+            received="something else: it holds no spec.json of digits data",
+            remedy="choose another output folder; nothing was changed in this one",
+        )
+    differing = [key for key in wanted | stored if wanted.get(key) != stored.get(key)]
+    if differing:
+        fail(
+            expected=f"digits data with {_listed(wanted, differing)} at {root}",
+            received=f"digits data with {_listed(stored, differing)}, written earlier",
+            remedy="choose another output folder, or remove this one to write it anew; "
+            "nothing was changed in it",
+        )
+    for split, (json_file, image_root) in zip(SPLITS, digits_paths(root).values(), strict=True):
+        found = len(list(image_root.glob("*.png")))
+        if not json_file.is_file() or found != spec.images(split):
+            fail(
+                expected=f"{json_file} and {spec.images(split)} images in {image_root}",
+                received=f"{'the' if json_file.is_file() else 'no'} json and {found} images",
+                remedy=f"the data set was damaged after it was written: remove {root} and write "
+                "it again",
+            )
+    return True
+
+
+def _stored(spec: DigitsSpec) -> dict[str, Any]:
+    return {"format": FORMAT_VERSION, **dataclasses.asdict(spec)}
+
+
+def _listed(settings: dict[str, Any], keys: list[str]) -> str:
+    return ", ".join(f"{key}={settings.get(key, 'unset')}" for key in keys)
+
+
+def _image_record(spec: DigitsSpec, index: int) -> dict[str, Any]:
+    return {
+        "id": index + 1,
+        "file_name": f"{index:06d}.png",
+        "height": spec.canvas,
+        "width": spec.canvas,
+    }
+
+
+def _annotation(instance: DigitInstance, image_id: int, annotation_id: int) -> dict[str, Any]:
+    return {
+        "id": annotation_id,
+        "image_id": image_id,
+        "category_id": instance.label + 1,
+        "bbox": instance.box,
+        "area": instance.area,
+        "iscrowd": 0,
+        "segmentation": mask_to_polygons(instance.mask),
+        "source_digit": instance.source_digit,
+    }
+
+
+def _coco(records: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "info": {
+            "description": "Handwritten digits on cluttered canvases, made by kd_det from the test "
+            "part of E. Alpaydin and C. Kaynak's Optical Recognition of Handwritten Digits (UCI "
+            "Machine Learning Repository, CC BY 4.0) as bundled with scikit-learn"
+        },
+        "licenses": [],
+        "images": records,
+        "annotations": annotations,
+        # Ids from 1: COCO reserves 0, and some readers take it for the background.
+        "categories": [
+            {"id": label + 1, "name": name, "supercategory": "digit"}
+            for label, name in enumerate(CLASS_NAMES)
+        ],
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
+
+
+def _write_png(path: Path, image: NDArray[np.uint8]) -> None:
+    if not cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR)):
+        raise OSError(f"could not write {path}")
+
+
+def contact_sheet(root: Path, split: str, path: Path, count: int = 24) -> Path:
+    """Draw the first images of a written split with boxes and labels; see ``draw_contact_sheet``.
+
+    Args:
+        root: folder of the data set.
+        split: ``train`` or ``val``.
+        path: the PNG to write.
+        count: number of images.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        KDError: an unknown split, or ``count`` below 1.
+    """
+    from kd_det.data.digits.contact_sheet import draw_contact_sheet
+
+    check_choice("split", split, SPLITS)
+    return draw_contact_sheet(*digits_paths(root)[f"digits_{split}"], path, count)

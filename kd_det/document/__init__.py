@@ -1,0 +1,1 @@
+"""What reports are written with: pictures, tables and pages."""

@@ -1,1 +1,0 @@
-"""Pictures that several tools draw; it needs torchvision and matplotlib."""

@@ -1,0 +1,123 @@
+"""The course of a run on Lightning, from a command to its results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import lightning.pytorch as pl
+import torch
+from fvcore.common.config import CfgNode
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from kd_det.core.files import replace_text
+from kd_det.hosts.lightning.hardware import announce_rendezvous
+from kd_det.hosts.lightning.module import DistillationModule, Results
+from kd_det.hosts.lightning.run import CONFIG, FINAL, LOG, RESULTS, Run
+from kd_det.hosts.lightning.trainer import run_loggers
+from kd_det.run.record import parameter_counts, recorded_run
+
+logger = logging.getLogger(__name__)
+
+
+def main(
+    args: argparse.Namespace, load_config: Callable[..., CfgNode], run: Callable[..., Results]
+) -> Results:
+    """Entry point of ``tools/train_net.py`` for a host on Lightning.
+
+    Args:
+        args: ``config_file``, ``opts``, ``resume``, ``eval_only``, ``num_gpus``,
+            ``num_machines``, ``machine_rank`` and ``dist_url``.
+        load_config: the host's, of a file and overrides.
+        run: the host's.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    machines = announce_rendezvous(args)
+    results = run(
+        cfg,
+        resume=args.resume,
+        eval_only=args.eval_only,
+        num_gpus=getattr(args, "num_gpus", 1),
+        num_machines=machines,
+    )
+    show = rank_zero_only(print)
+    for line in result_lines(results):
+        show(line)
+    return results
+
+
+def result_lines(results: Results) -> list[str]:
+    """``bbox: AP 31.20, AP50 ...``, one line per kind."""
+    return [
+        f"{kind}: " + ", ".join(f"{k} {v:.2f}" for k, v in values.items())
+        for kind, values in results.items()
+    ]
+
+
+def conduct(
+    run: Run,
+    lit: DistillationModule,
+    trainer: pl.Trainer,
+    pre_stage: Callable[[], None],
+    save_at_end: bool,
+) -> Results:
+    """Train and evaluate, or only evaluate, and leave everything in ``OUTPUT_DIR``.
+
+    Args:
+        run: the run.
+        lit: what trains, built.
+        trainer: see :func:`kd_det.hosts.lightning.trainer.build_trainer`.
+        pre_stage: teaches the losses what they need beforehand; called unless a checkpoint of the
+            run itself follows.
+        save_at_end: write the checkpoint once more after the last iteration, because the trainer
+            does so at intervals only.
+    """
+    if run.eval_only:
+        trainer.validate(lit, verbose=False)
+        return lit.results
+    with _documented(run, lit, trainer):
+        if not run.resumed:
+            pre_stage()
+        # Whatever was drawn so far must not show in training, and every process needs its own
+        # stream.
+        pl.seed_everything(run.seed + trainer.global_rank, verbose=False)
+        trainer.fit(lit, ckpt_path=str(run.checkpoint) if run.resumed else None)
+        if save_at_end:
+            trainer.save_checkpoint(run.checkpoint)
+        if trainer.is_global_zero:
+            torch.save({"model": lit.model.state_dict()}, run.output / FINAL)
+        if run.cfg.DATASETS.TEST and lit.evaluated_at != trainer.global_step:
+            trainer.validate(lit, verbose=False)
+        results = lit.final_results()
+        if trainer.is_global_zero:
+            replace_text(run.output / RESULTS, json.dumps(results, indent=2) + "\n")
+    return results
+
+
+@contextmanager
+def _documented(run: Run, lit: DistillationModule, trainer: pl.Trainer) -> Iterator[None]:
+    """Config, record, log and loggers around a training; the main process writes them."""
+    main_process = trainer.is_global_zero
+    if main_process:
+        run.output.mkdir(parents=True, exist_ok=True)
+        (run.output / CONFIG).write_text(run.cfg.dump())
+    run.log.write_to(run.output / LOG if main_process else None)
+    counts = parameter_counts(lit.student, lit.distiller, lit.teacher)
+    with recorded_run(run.output, run.cfg, run.seed, run.resumed, main_process, parameters=counts):
+        how = "continued from its checkpoint" if run.resumed else "started"
+        logger.info("run %s: %s", how, " ".join(sys.argv))
+        logger.info("seed %d; parameters: %s", run.seed, counts)
+        trainer.loggers = run_loggers(run)
+        try:
+            yield
+        except BaseException:
+            # The traceback is for the file; the screen gets it from whoever called.
+            logger.info("the run failed", exc_info=True)
+            raise
+        for line in result_lines(lit.results):
+            logger.info("%s", line)
+        logger.info("done")

@@ -1,0 +1,133 @@
+"""What the LightningModules of all hosts have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from kd_det.core.distiller import Distiller
+from kd_det.core.teacher import FrozenTeacher
+from kd_det.hosts.lightning.metrics import LOG_PERIOD
+
+Results = dict[str, dict[str, float]]
+
+
+class ResumableModule(LightningModule):
+    """A module whose random numbers go on, in a resumed run, where they were."""
+
+    _rng: Tensor | None = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["rng_state"] = torch.get_rng_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._rng = checkpoint.get("rng_state")
+
+    def on_train_start(self) -> None:
+        # Each process of several has a stream of its own, and only that of the first is in the
+        # checkpoint.
+        if self._rng is not None and self.trainer.world_size == 1:
+            torch.set_rng_state(self._rng.cpu())
+        self._rng = None
+
+
+class DistillationModule(ResumableModule):
+    """Trains a model that may hold a distiller; the model's state is its only state.
+
+    Args:
+        model: a stock model, or what holds it as ``student`` beside a ``distiller`` and a
+            ``teacher``.
+        cfg: a config of the host.
+        seed: decides the order of the training images.
+
+    Attributes:
+        results: of the last evaluation, ``{kind: {metric: percent}}``.
+        evaluated_at: the iteration of that evaluation, or None.
+        remedy: what to do about losses that are not finite.
+    """
+
+    remedy = "lower SOLVER.BASE_LR or the weight of a term"
+
+    def __init__(self, model: nn.Module, cfg: CfgNode, seed: int) -> None:
+        super().__init__()
+        self.model = model
+        self.cfg = cfg
+        self.seed = seed
+        self.results: Results = {}
+        self.evaluated_at: int | None = None
+        self._measured: dict[str, Tensor] = {}
+
+    @property
+    def student(self) -> nn.Module:
+        """The stock model."""
+        return getattr(self.model, "student", self.model)
+
+    @property
+    def distiller(self) -> Distiller | None:
+        """The losses of the run; None for a plain student."""
+        return getattr(self.model, "distiller", None)
+
+    @property
+    def teacher(self) -> FrozenTeacher | None:
+        """The frozen teacher; None for a plain student."""
+        return getattr(self.model, "teacher", None)
+
+    def final_results(self) -> Results:
+        """What the run reports at its end."""
+        return self.results
+
+    # A checkpoint has the student's own keys, without the name it has here.
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return self.model.load_state_dict(state_dict, *args, **kwargs)
+
+    def log_losses(self, losses: Mapping[str, Tensor], total: Tensor) -> None:
+        """Log a step's losses under their own names, and what the distiller says about its terms.
+
+        Args:
+            losses: scalars by name.
+            total: their sum, as ``total_loss``.
+
+        Raises:
+            FloatingPointError: a loss is not finite; see :func:`check_finite`.
+        """
+        check_finite(f"losses are not finite at iteration {self.global_step}", losses, self.remedy)
+        shown = {"total_loss": total, **losses}
+        # The callback that writes metrics.json tells the loggers, by the names of their curves.
+        self.log_dict({k: v.detach() for k, v in shown.items()}, logger=False)
+        if self.distiller is not None:
+            # Shares are not measured in every step; the last ones are kept for the next line.
+            self._measured.update(self.distiller.metrics)
+            step = self.global_step + 1
+            if step % LOG_PERIOD == 0 or step == self.trainer.max_steps:
+                self.log_dict(self._measured, logger=False)
+
+    def on_train_end(self) -> None:
+        # A run may be shorter than the distiller's report period.
+        if self.distiller is not None and self.trainer.is_global_zero:
+            self.distiller.report_silent()
+
+
+def check_finite(what: str, losses: Mapping[str, Tensor], remedy: str) -> None:
+    """Stop a training whose losses mean nothing any more.
+
+    Args:
+        what: begins the message.
+        losses: scalars by name, which the message lists.
+        remedy: ends it.
+
+    Raises:
+        FloatingPointError: their sum is not finite.
+    """
+    total = torch.stack([loss.detach().float() for loss in losses.values()]).sum()
+    if not torch.isfinite(total):
+        values = ", ".join(f"{name} {loss.item():.4g}" for name, loss in losses.items())
+        raise FloatingPointError(f"{what}: {values}; {remedy}")

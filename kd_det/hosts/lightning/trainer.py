@@ -1,0 +1,80 @@
+"""Lightning's ``Trainer`` as a run of any host configures it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import Logger
+
+from kd_det.hosts.lightning.hardware import precision
+from kd_det.hosts.lightning.loggers import build_loggers
+from kd_det.hosts.lightning.metrics import LOG_PERIOD, DataClock, MetricsWriter
+from kd_det.hosts.lightning.run import Run
+from kd_det.run.curves import CurveTag
+
+
+def build_trainer(
+    run: Run,
+    tag: CurveTag,
+    callbacks: Sequence[pl.Callback],
+    saving: Mapping[str, Any],
+    **schedule: Any,
+) -> pl.Trainer:
+    """The trainer of a run; without loggers yet, because they write as they are built.
+
+    Args:
+        run: the run.
+        tag: names the curves.
+        callbacks: a progress bar and further ones.
+        saving: when ``last.ckpt`` is written, as arguments of Lightning's ``ModelCheckpoint``.
+        schedule: Lightning's arguments for lengths, evaluation and data.
+    """
+    clip = run.cfg.SOLVER.CLIP_GRADIENTS
+    clock = DataClock()
+    own: list[pl.Callback] = []
+    if not run.eval_only:
+        own = [
+            MetricsWriter(run.output / "metrics.json", tag, clock),
+            ModelCheckpoint(
+                run.output,
+                filename=run.checkpoint.stem,
+                enable_version_counter=False,
+                **saving,
+            ),
+        ]
+        if run.cfg.VIS_PERIOD > 0:
+            # A layer above this one, which draws; imported only where pictures are asked for.
+            pictures = importlib.import_module("kd_det.visualize.callback")
+            own.append(pictures.VisualizeCallback(run.cfg))
+    return pl.Trainer(
+        **run.hardware,
+        **schedule,
+        precision=precision(run.cfg),  # type: ignore[arg-type]
+        logger=False,
+        callbacks=[*own, *callbacks],
+        profiler=clock,
+        enable_checkpointing=not run.eval_only,
+        # Lightning adds one of its own to whoever draws none.
+        enable_progress_bar=any(isinstance(each, ProgressBar) for each in callbacks),
+        enable_model_summary=False,
+        log_every_n_steps=LOG_PERIOD,
+        num_sanity_val_steps=0,
+        gradient_clip_val=clip.CLIP_VALUE if clip.ENABLED else None,
+        gradient_clip_algorithm=clip.CLIP_TYPE if clip.ENABLED else None,
+        default_root_dir=str(run.output),
+    )
+
+
+def run_loggers(run: Run) -> list[Logger]:
+    """CSV and TensorBoard files in ``OUTPUT_DIR``, and what ``LOGGERS`` names."""
+    return [
+        # A version for every start: Lightning's CSV writer begins by removing what is there.
+        CSVLogger(run.output, name="csv"),
+        TensorBoardLogger(run.output, name="tensorboard", version=""),
+        *build_loggers(run.cfg, run.output),
+    ]

@@ -1,0 +1,1 @@
+"""MHGD: relations that attention heads learned from the teacher, with what trains them."""

@@ -1,0 +1,404 @@
+"""MHGD: graph distillation with a multi-head attention network (Lee and Song, "Graph-based
+Knowledge Distillation by Multi-head Attention Network", BMVC 2019,
+https://arxiv.org/abs/1907.02226).
+
+Taps k = 0..M, of C_k channels, each squeezed to one unit vector per sample ``[B, C_k]``. Between
+two consecutive taps, front and back, H heads of width ``d = (C_front + C_back) // 2`` read a graph
+over the batch's B samples (images or boxes): ``[H, B, B]``, row i a back vector, column j a front
+vector.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kd_det.core.adaptors import ConvAdaptor
+from kd_det.core.distributed import gather_aligned, gather_rows
+from kd_det.core.errors import (
+    check_channels,
+    check_choice,
+    check_same_length,
+    check_same_shape,
+    fail,
+)
+from kd_det.core.loss import TapSpec
+from kd_det.core.numerics import full_precision, no_autocast, zero_in_graph
+from kd_det.core.registry import LOSSES
+from kd_det.losses.mhgd.pre_training import PreStageLoss
+from kd_det.losses.mhgd.singular import student_vectors, teacher_vectors
+
+REDUCTIONS = ("sum", "mean")
+_NORM_EPS = 1e-6
+# A normal distribution cut at two standard deviations keeps this share of its deviation.
+_TRUNCATED_STD = 0.87962566
+
+logger = logging.getLogger(__name__)
+
+
+def mhgd_loss(
+    student: Tensor, teacher: Tensor, reduction: Literal["sum", "mean"] = "sum"
+) -> Tensor:
+    r"""``KL(G_s || G_t)`` between graphs ``G = softmax_j(tanh S)`` of one pair of taps.
+
+    The student comes first, unlike in KD; the authors' code has it so.
+
+    Args:
+        student: similarities ``S [H, B, B]``; any floating dtype, computed in at least float32.
+        teacher: same shape; no gradient flows into it.
+        reduction: ``"sum"`` over heads and rows (published; its weight 1 relies on the
+            task-norm clip); ``"mean"`` divides by ``H * B`` (ours).
+
+    Returns:
+        Scalar; an exact zero in the graph without samples.
+
+    Raises:
+        KDError: shapes differ, or an unknown reduction.
+    """
+    check_same_shape("MHGD", student, teacher)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if student.numel() == 0:
+        return zero_in_graph([student])
+    with no_autocast(student):
+        log_s = F.log_softmax(full_precision(student).tanh(), dim=2)
+        log_t = F.log_softmax(full_precision(teacher.detach()).tanh(), dim=2)
+        total = (log_s.exp() * (log_s - log_t)).sum()
+    return total if reduction == "sum" else total / (student.shape[0] * student.shape[1])
+
+
+def head_drop(heads: int, samples: int, generator: torch.Generator | None = None) -> Tensor:
+    """Which heads each row keeps while the network learns, ``[H, B, 1]`` of 0 and 1.
+
+    Each head draws a normal number per row and is kept if it exceeds the mean over heads, about
+    half of them. A single head is always kept: it cannot exceed its own mean.
+    """
+    if heads == 1:
+        return torch.ones(1, samples, 1)
+    noise = torch.randn(heads, samples, 1, generator=generator)
+    return (noise > noise.mean(dim=0)).float()
+
+
+class AttentionModule(nn.Module):
+    """The heads between two taps, and the estimator that only their training needs.
+
+    Matrices are stored ``[in, out]``; column ``dim * H + head`` belongs to ``head``. BatchNorm uses
+    batch statistics only where asked to, whatever mode the module is in.
+
+    Args:
+        front_channels: C_front.
+        back_channels: C_back.
+        heads: H.
+    """
+
+    def __init__(self, front_channels: int, back_channels: int, heads: int) -> None:
+        super().__init__()
+        width = (front_channels + back_channels) // 2
+        self.heads = heads
+        self.w_key = _matrix(back_channels, width * heads)
+        self.w_query = _matrix(front_channels, width * heads)
+        self.bn_key = nn.BatchNorm1d(width * heads)
+        self.bn_query = nn.BatchNorm1d(width * heads)
+        self.w_value = _matrix(front_channels, width)
+        self.bn_value = nn.BatchNorm1d(width)
+        self.w_out = _matrix(width * heads, back_channels)
+        self.b_out = nn.Parameter(torch.zeros(back_channels))
+
+    def similarity(self, front: Tensor, back: Tensor, batch_statistics: bool = False) -> Tensor:
+        """``S[h, i, j]``, how well front vector j explains back vector i.
+
+        Args:
+            front: ``[B, C_front]``.
+            back: ``[B, C_back]``.
+            batch_statistics: normalise by this batch and update the stored statistics.
+
+        Returns:
+            ``[H, B, B]``, unbounded.
+        """
+        key = _batch_norm(self.bn_key, back @ self.w_key, batch_statistics)
+        query = _batch_norm(self.bn_query, front @ self.w_query, batch_statistics)
+        shape = (front.shape[0], -1, self.heads)
+        return torch.einsum("idh,jdh->hij", key.view(shape), query.view(shape))
+
+    def estimate(self, front: Tensor, graph: Tensor) -> Tensor:
+        """Back vectors, rebuilt from the front ones along the edges of ``graph``; batch statistics.
+
+        Args:
+            front: ``[B, C_front]``.
+            graph: ``[H, B, B]``, dropped heads set to zero.
+
+        Returns:
+            Unit vectors ``[B, C_back]``.
+        """
+        value = F.relu(_batch_norm(self.bn_value, front @ self.w_value, batch_statistics=True))
+        explained = torch.einsum("hij,jd->ihd", graph, value).flatten(1)
+        return F.normalize(explained @ self.w_out + self.b_out, dim=1, eps=_NORM_EPS)
+
+    def training_loss(self, front: Tensor, back: Tensor, kept: Tensor) -> Tensor:
+        """``mean_i(1 - cosine)`` between rebuilt and true back vectors.
+
+        Args:
+            front: unit vectors ``[B, C_front]``.
+            back: unit vectors ``[B, C_back]``.
+            kept: see :func:`head_drop`.
+        """
+        graph = self.similarity(front, back, batch_statistics=True).softmax(dim=2) * kept
+        return 1 - (self.estimate(front, graph) * back).sum(dim=1).mean()
+
+
+class AttentionNetwork(nn.Module):
+    """One :class:`AttentionModule` per pair of consecutive taps.
+
+    Args:
+        channels: the teacher's widths, tap by tap.
+        heads: H.
+    """
+
+    draws: Tensor
+
+    def __init__(self, channels: Sequence[int], heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.pairs: Any = nn.ModuleList(
+            AttentionModule(front, back, heads) for front, back in pairwise(channels)
+        )
+        # Seeds the head drop: equal on every process, and going on where a resumed run left off.
+        self.register_buffer("draws", torch.zeros((), dtype=torch.long))
+
+    def similarities(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """``[H, B, B]`` per pair of taps, from one ``[B, C_k]`` per tap; stored statistics."""
+        with no_autocast(vectors[0]):
+            return [
+                pair.similarity(front, back)
+                for pair, front, back in zip(self.pairs, vectors[:-1], vectors[1:], strict=True)
+            ]
+
+    def training_loss(self, vectors: Sequence[Tensor]) -> Tensor:
+        """Sum over pairs of :meth:`AttentionModule.training_loss`. Scalar."""
+        generator = torch.Generator().manual_seed(int(self.draws))
+        self.draws += 1
+        losses = []
+        with no_autocast(vectors[0]):
+            for pair, front, back in zip(self.pairs, vectors[:-1], vectors[1:], strict=True):
+                kept = head_drop(self.heads, len(front), generator).to(front)
+                losses.append(pair.training_loss(front, back, kept))
+        return torch.stack(losses).sum()
+
+
+@LOSSES.register("MHGD")
+class MHGDLoss(PreStageLoss):
+    """:func:`mhgd_loss` between consecutive taps, summed over the pairs.
+
+    The attention network learns from the teacher first (:mod:`kd_det.procedures.pre_stage`) and is
+    frozen then. Where student and teacher differ in width, a 1x1 convolution with BatchNorm,
+    trained with the student, brings the student's map to the teacher's (ours; the paper needs equal
+    widths).
+
+    Args:
+        student_channels: widths of the student's taps, in the order front to back; at least two.
+        teacher_channels: widths of the teacher's.
+        heads: H (8 in the paper).
+        vectors: how many of the student's directions the teacher's may match (4 in the authors'
+            code).
+        reduction: see :func:`mhgd_loss`.
+        gather: take the samples of all processes as one graph.
+        max_nodes: above 0, at most so many samples per process, evenly spaced: for boxes.
+
+    Raises:
+        KDError: fewer than two taps, lists of different length or a number out of range.
+    """
+
+    from_taps: ClassVar[tuple[str, ...]] = ("student_channels", "teacher_channels")
+    network: AttentionNetwork
+
+    def __init__(
+        self,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        heads: int = 8,
+        vectors: int = 4,
+        reduction: Literal["sum", "mean"] = "sum",
+        gather: bool = False,
+        max_nodes: int = 0,
+    ) -> None:
+        check_same_length("MHGD", student_channels, teacher_channels)
+        check_choice("reduction", reduction, REDUCTIONS)
+        _check_range("at least two taps, a front and a back one", len(teacher_channels), 2)
+        _check_range("heads of at least 1", heads, 1)
+        _check_range("vectors of at least 1", vectors, 1)
+        _check_range("max_nodes of at least 0", max_nodes, 0)
+        super().__init__(AttentionNetwork(teacher_channels, heads))
+        self.student_channels = list(student_channels)
+        self.teacher_channels = list(teacher_channels)
+        self.heads = heads
+        self.vectors = vectors
+        self.reduction = reduction
+        self.gather = gather
+        self.max_nodes = max_nodes
+        self.adaptors = nn.ModuleList(
+            nn.Identity() if c_s == c_t else ConvAdaptor(c_s, c_t, relu=False)
+            for c_s, c_t in zip(student_channels, teacher_channels, strict=True)
+        )
+        self._warned = False
+
+    @classmethod
+    def tap_arguments(
+        cls, student: Sequence[TapSpec], teacher: Sequence[TapSpec], given: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Channel widths of both sides."""
+        return {
+            "student_channels": [spec.channels for spec in student],
+            "teacher_channels": [spec.channels for spec in teacher],
+        }
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The teacher's widths and the number of heads: what the network's shape follows from."""
+        return {"loss": "MHGD", "heads": self.heads, "teacher_channels": self.teacher_channels}
+
+    def pre_stage_loss(self, teacher: list[Tensor]) -> Tensor:
+        """How badly the heads rebuild back vectors from front ones. Scalar.
+
+        With several processes the graph and BatchNorm always span all of them, so that every
+        process ends with the same network.
+
+        Args:
+            teacher: one map ``[B, C_k, H_k, W_k]``, or ``[B, C_k]``, per tap.
+        """
+        self._check_taps("teacher", teacher, self.teacher_channels)
+        vectors = self._split(gather_rows(self._teacher_rows(teacher)))
+        if len(vectors[0]) < 2:
+            self._warn()
+            return zero_in_graph([*vectors, *self.network.parameters()])
+        return self.network.training_loss(vectors)
+
+    def forward(self, student: list[Tensor], teacher: list[Tensor], **context: Any) -> Tensor:
+        """Transfer loss, summed over pairs of taps. Scalar.
+
+        Args:
+            student: one map ``[B, C_k, H_k, W_k]``, or ``[B, C_k]``, per tap.
+            teacher: as many, of the same B; heights and widths are free.
+
+        Returns:
+            An exact zero in the graph for fewer than two samples, which have no graph.
+        """
+        check_same_length("MHGD", student, teacher)
+        self._check_taps("student", student, self.student_channels)
+        self._check_taps("teacher", teacher, self.teacher_channels)
+        if len(student[0]) != len(teacher[0]):
+            fail(
+                expected="MHGD to compare the same samples on both sides",
+                received=f"{len(student[0])} of the student, {len(teacher[0])} of the teacher",
+                remedy="run both models on the same images or boxes",
+            )
+        if len(student[0]) < 2 and not self.gather:
+            self._warn()
+            return zero_in_graph([*student, *self.adaptors.parameters()])
+        targets = self._teacher_rows(teacher)
+        rows = self._student_rows(student, targets)
+        if self.gather:
+            rows, targets = gather_aligned([rows, targets])
+        if len(rows) < 2:
+            self._warn()
+            return zero_in_graph([rows])
+        pairs = zip(
+            self.network.similarities(self._split(rows)),
+            self.network.similarities(self._split(targets.detach())),
+            strict=True,
+        )
+        return torch.stack([mhgd_loss(s, t, self.reduction) for s, t in pairs]).sum()  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def graphs(
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The graphs ``[H, B, B]`` of student and teacher that are compared, one per pair of taps.
+
+        Rows sum to 1. Takes what :meth:`forward` takes. Adaptors in training mode update the
+        statistics of their BatchNorm; use a copy where that matters.
+        """
+        targets = self._teacher_rows(teacher)
+        own, others = (
+            [s.tanh().softmax(dim=2) for s in self.network.similarities(self._split(rows))]
+            for rows in (self._student_rows(student, targets), targets)
+        )
+        return own, others
+
+    def _teacher_rows(self, teacher: Sequence[Tensor]) -> Tensor:
+        """The teacher's vectors of all taps side by side, ``[B, sum C_k]``."""
+        return torch.cat([teacher_vectors(self._nodes(t)) for t in teacher], dim=1)
+
+    def _student_rows(self, student: Sequence[Tensor], targets: Tensor) -> Tensor:
+        """The student's, adapted and aligned to the teacher's."""
+        if len(student[0]) == 0:
+            return targets + zero_in_graph([*student, *self.adaptors.parameters()])
+        aligned = []
+        for s, adaptor, target in zip(student, self.adaptors, self._split(targets), strict=True):
+            maps = self._nodes(s)
+            if isinstance(adaptor, ConvAdaptor):
+                maps = adaptor(full_precision(maps if maps.dim() == 4 else maps[:, :, None, None]))
+            aligned.append(student_vectors(maps, target, self.vectors))
+        return torch.cat(aligned, dim=1)
+
+    def _nodes(self, maps: Tensor) -> Tensor:
+        if not 0 < self.max_nodes < len(maps):
+            return maps
+        step = torch.arange(self.max_nodes, device=maps.device)
+        return maps[step * len(maps) // self.max_nodes]
+
+    def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return rows.split(self.teacher_channels, dim=1)
+
+    def _check_taps(self, side: str, maps: Sequence[Tensor], channels: Sequence[int]) -> None:
+        check_same_length("MHGD", maps, channels)
+        for tensor, width in zip(maps, channels, strict=True):
+            check_channels("MHGD", side, tensor, width)
+            if len(tensor) != len(maps[0]):
+                fail(
+                    expected=f"MHGD to get the same samples at every {side} tap",
+                    received=f"{[len(m) for m in maps]} samples",
+                    remedy="tap one value per image at every tap, or one per box",
+                )
+
+    def _warn(self) -> None:
+        if not self._warned:
+            logger.warning(
+                "MHGD got fewer than two samples, which have no graph: its loss is zero for such "
+                "batches"
+            )
+            self._warned = True
+
+
+def _matrix(rows: int, columns: int) -> nn.Parameter:
+    """He's initialisation by the outputs, normal and cut at two standard deviations."""
+    std = math.sqrt(2 / columns) / _TRUNCATED_STD
+    return nn.Parameter(
+        nn.init.trunc_normal_(torch.empty(rows, columns), 0, std, -2 * std, 2 * std)
+    )
+
+
+def _batch_norm(bn: Any, x: Tensor, batch_statistics: bool) -> Tensor:
+    return F.batch_norm(
+        x,
+        bn.running_mean,
+        bn.running_var,
+        bn.weight,
+        bn.bias,
+        training=batch_statistics,
+        momentum=bn.momentum,
+        eps=bn.eps,
+    )
+
+
+def _check_range(what: str, value: int, least: int) -> None:
+    if value < least:
+        fail(
+            expected=f"MHGD to get {what}",
+            received=str(value),
+            remedy="correct this value",
+        )

@@ -1,0 +1,1 @@
+"""Methods that choose or change batches, or train something before the run begins."""

@@ -1,0 +1,1 @@
+"""KCD: a training set that shrinks to the points the student still learns from."""

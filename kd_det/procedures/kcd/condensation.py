@@ -1,0 +1,292 @@
+"""KCD: a training set that shrinks to the points the student still learns from (Li et al.,
+"Knowledge Condensation Distillation", ECCV 2022, https://arxiv.org/abs/2207.05409).
+
+It is no loss: it wraps whatever terms a run has. Every period the points are ranked by the ledger,
+the best stay, and the weakest of those are blended with the best of the dropped ones.
+
+Shapes: N points of the whole training set, N_t of them in stage t = 0, 1, ... Points are
+identified by their index in the whole training set, always.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kd_det.core.distributed import collective_device, world_size
+from kd_det.core.errors import check_choice, fail
+from kd_det.procedures.kcd.ledger import SampleLedger, rank
+from kd_det.procedures.kcd.selection import (
+    EPSILON_RULES,
+    Partition,
+    blend_ratios,
+    kcd_cost,
+    keep_counts,
+    partition,
+    stage_lengths,
+)
+
+POOLS = ("all", "active")
+BLENDS = ("convex", "add")
+
+logger = logging.getLogger(__name__)
+
+
+class Condensation:
+    """The resumable state of a KCD run: which points are active, which are blended, and when next.
+
+    A host calls :meth:`update` for every batch and :meth:`step` after every epoch (or iteration);
+    samplers and data sets of :mod:`kd_det.procedures.kcd.sampler` read it. In a distributed run
+    every rank holds one and calls the same methods at the same times; all ranks then hold the same
+    selection.
+
+    Periods count epochs, or, with ``batch``, iterations *of a run on the whole training set*: a
+    stage that keeps 90 % of the points also takes 90 % of the iterations, so that a period is
+    the same number of passes in every stage.
+
+    Args:
+        size: N, the number of points of the whole training set.
+        rho: share of the points after the last condensation, in (0, 1]; the paper's 0.7.
+        period: T, length of a stage; 40 in the released commands (of 240 epochs).
+        total: I, length of the run without condensation.
+        alpha: exponent of the visit count in the score; 0.03 (paper).
+        schedule: see :func:`kd_det.procedures.kcd.selection.keep_counts`.
+        pool: ``"all"``: dropped points compete again (paper and code). ``"active"``: sets are
+            nested.
+        epsilon: largest share of the partner in a blend, 0 to 1; 0.3 (code). 0: no blending.
+        blend: see :func:`kd_det.procedures.kcd.sampler.blend_images`; read by the data set.
+        epsilon_rule: see :func:`kd_det.procedures.kcd.selection.blend_ratios`.
+        min_per_class: see :func:`kd_det.procedures.kcd.selection.partition`.
+        labels: class of every point, ``[N]``; needed by ``min_per_class``.
+        batch: images per iteration over all ranks where periods count iterations, else None.
+
+    Attributes:
+        ledger: the :class:`kd_det.procedures.kcd.ledger.SampleLedger`.
+        active: indices of the points of this stage, int64 ``[N_t]``.
+        stage: t, from 0.
+        position: epochs or iterations done in this stage.
+        counts: the planned N_0, N_1, ...; see :func:`kd_det.procedures.kcd.selection.keep_counts`.
+        lengths: epochs or iterations of each stage.
+        partners: for each point the index of its partner, or -1, int64 ``[N]``.
+        epsilons: for each point the partner's share, float64 ``[N]``. Both live in shared
+            memory and change in place, so that loader processes that stay alive see it.
+
+    Raises:
+        KDError: an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        rho: float,
+        period: int,
+        total: int,
+        alpha: float = 0.03,
+        schedule: Literal["exp", "linear"] = "exp",
+        pool: Literal["all", "active"] = "all",
+        epsilon: float = 0.3,
+        blend: Literal["convex", "add"] = "convex",
+        epsilon_rule: Literal["reference", "paper"] = "reference",
+        min_per_class: int = 0,
+        labels: Tensor | Sequence[int] | None = None,
+        batch: int | None = None,
+    ) -> None:
+        check_choice("pool", pool, POOLS)
+        check_choice("blend", blend, BLENDS)
+        check_choice("epsilon_rule", epsilon_rule, EPSILON_RULES)
+        _check_ranges(alpha, epsilon, min_per_class, batch)
+        self.ledger = SampleLedger(size)
+        self.rho, self.period, self.total = rho, period, total
+        self.alpha, self.pool, self.epsilon = alpha, pool, epsilon
+        self.blend: Literal["convex", "add"] = blend
+        self.epsilon_rule: Literal["reference", "paper"] = epsilon_rule
+        self.min_per_class, self.batch = min_per_class, batch
+        self.labels = _check_labels(labels, size) if min_per_class else None
+        self._full_lengths = stage_lengths(period, total)
+        self.counts = keep_counts(size, rho, total / period, schedule)
+        self.lengths = self._full_lengths
+        if batch is not None:
+            planned = zip(self.lengths, self.counts, strict=False)
+            self.lengths = [max(1, round(length * kept / size)) for length, kept in planned]
+        self.active = torch.arange(size)
+        self.stage = 0
+        self.position = 0
+        self.partners = torch.full((size,), -1).share_memory_()
+        self.epsilons = torch.zeros(size, dtype=torch.float64).share_memory_()
+        if len(self.lengths) == 1:
+            logger.warning(
+                "KCD never condenses: its period %d is not shorter than the run, %d", period, total
+            )
+
+    def __len__(self) -> int:
+        return len(self.ledger)
+
+    @property
+    def recipes(self) -> dict[int, tuple[int, float]]:
+        """``{index: (partner, epsilon)}`` of the points that are blended in this stage."""
+        blended = (self.partners >= 0).nonzero().flatten()
+        partners, epsilons = self.partners[blended].tolist(), self.epsilons[blended].tolist()
+        recipes = zip(partners, epsilons, strict=True)
+        return dict(zip(blended.tolist(), recipes, strict=True))
+
+    def update(self, indices: Tensor, values: Tensor) -> None:
+        """Record the student's entropies ``[M]`` at the points ``[M]`` of a batch.
+
+        Call it once for every sample that is trained on: the visits are also what
+        :meth:`measured_cost` counts.
+        """
+        self.ledger.update(indices, values)
+
+    def step(self) -> Partition | None:
+        """One epoch or iteration is done; condenses if a stage ends with it."""
+        self.position += 1
+        at_end = self.position == self.lengths[self.stage]
+        return self.end_of_period() if at_end else None
+
+    def end_of_period(self) -> Partition | None:
+        """Condense and begin the next stage; after the last stage there is nothing to do."""
+        if self.stage + 1 == len(self.lengths):
+            return None
+        return self.condense()
+
+    def condense(self) -> Partition:
+        """Merge the ledger, rank, select, write the recipes, and begin the next stage."""
+        self.ledger.merge()
+        among = self.active if self.pool == "active" else None
+        order = _of_rank_0(rank(self.ledger.scores(self.alpha), among))
+        parts = partition(
+            order, self.counts[self.stage + 1], len(self.active), self.min_per_class, self.labels
+        )
+        pairs = len(parts.tail) if self.epsilon > 0 else 0
+        self.partners.fill_(-1)
+        self.epsilons.zero_()
+        self.partners[parts.tail[:pairs]] = parts.drop[:pairs]
+        ratios = blend_ratios(len(parts.drop), self.epsilon, self.epsilon_rule)
+        self.epsilons[parts.tail[:pairs]] = ratios[:pairs]
+        self.active = parts.keep
+        self.stage += 1
+        self.position = 0
+        return parts
+
+    def planned_steps(self) -> int:
+        """Epochs or iterations of the whole run; what a learning-rate schedule must be told."""
+        return sum(self.lengths)
+
+    def planned_step(self, step: int) -> int:
+        """The epoch or iteration that corresponds to ``step`` of a run without condensation.
+
+        Iterations shrink with the set: a decay after half the passes comes before half the
+        iterations of the original run.
+        """
+        elapsed = 0
+        for full, length in zip(self._full_lengths, self.lengths, strict=True):
+            if step <= full:
+                return elapsed + round(step * length / full)
+            step -= full
+            elapsed += length
+        return elapsed + step
+
+    def planned_samples(self) -> int:
+        """Samples of the whole run. ``min_per_class`` and padded epochs add a few."""
+        if self.batch is not None:
+            return self.planned_steps() * self.batch
+        return sum(n * kept for n, kept in zip(self.lengths, self.counts, strict=False))
+
+    def full_samples(self) -> int:
+        """Samples of a run of the same length on the whole training set."""
+        return self.total * (len(self) if self.batch is None else self.batch)
+
+    @property
+    def samples_seen(self) -> int:
+        """Samples trained on so far, over all ranks, as of the last merge of the ledger."""
+        return int(self.ledger.count.sum())
+
+    def formula_cost(self) -> float:
+        """The published cost at this rho, period and total: :func:`kcd_cost`."""
+        return kcd_cost(self.rho, self.total, self.period)
+
+    def planned_cost(self) -> float:
+        """The cost this run will have: its first stage is full and counts are integers."""
+        return self.planned_samples() / self.full_samples()
+
+    def measured_cost(self) -> float:
+        """Samples seen so far, as a share of those of a whole run without condensation."""
+        return self.samples_seen / self.full_samples()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the future selections depend on.
+
+        Raises:
+            KDError: the ledger holds unmerged visits; call ``ledger.merge()`` on every rank first.
+        """
+        return {
+            "ledger": self.ledger.state_dict(),
+            "active": self.active.clone(),
+            "partners": self.partners.clone(),
+            "epsilons": self.epsilons.clone(),
+            "stage": self.stage,
+            "position": self.position,
+            "counts": list(self.counts),
+            "lengths": list(self.lengths),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the state was saved.
+
+        Raises:
+            KDError: it belongs to a training set of another length, or to another plan.
+        """
+        for name in ("counts", "lengths"):
+            own, saved = getattr(self, name), list(state[name])
+            # Another length of the data set changes the counts too; the ledger says it better.
+            if own != saved and len(state["ledger"]["count"]) == len(self):
+                fail(
+                    expected=f"KCD's state to have this run's stage {name}, {own}",
+                    received=f"{saved}",
+                    remedy="resume with the same rho, period, schedule, batch and length of run",
+                )
+        self.ledger.load_state_dict(state["ledger"])
+        self.active = state["active"].clone()
+        self.partners.copy_(state["partners"])
+        self.epsilons.copy_(state["epsilons"])
+        self.stage, self.position = int(state["stage"]), int(state["position"])
+
+
+def _of_rank_0(order: Tensor) -> Tensor:
+    """Rank 0's order on every rank: libraries may differ in the last digit of a score."""
+    if world_size() == 1:
+        return order
+    shared = order.to(collective_device())
+    dist.broadcast(shared, src=0)
+    return shared.cpu()
+
+
+def _check_ranges(alpha: float, epsilon: float, min_per_class: int, batch: int | None) -> None:
+    for name, value, fits, needs in (
+        ("alpha", alpha, math.isfinite(alpha), "a finite number, such as 0.03"),
+        ("epsilon", epsilon, 0 <= epsilon <= 1, "a share from 0 to 1, such as 0.3"),
+        ("min_per_class", min_per_class, min_per_class >= 0, "0 or more"),
+        ("batch", batch, batch is None or batch >= 1, "at least 1, or None for epochs"),
+    ):
+        if not fits:
+            fail(
+                expected=f"KCD's {name} to be {needs}",
+                received=str(value),
+                remedy="correct this value",
+            )
+
+
+def _check_labels(labels: Tensor | Sequence[int] | None, size: int) -> Tensor:
+    if labels is None or len(labels) != size:
+        fail(
+            expected=f"min_per_class to come with labels of all {size} points",
+            received="no labels" if labels is None else f"{len(labels)} labels",
+            remedy="pass the class of every point, or set min_per_class to 0",
+        )
+    return torch.as_tensor(labels, dtype=torch.int64)

@@ -1,0 +1,247 @@
+"""Samplers and a data set view for a training set that shrinks (KCD).
+
+Every order is a function of the seed and the place in the run alone, so that a resumed run
+continues with the very points it would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sized
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset, Sampler
+
+from kd_det.core.distributed import world_size
+from kd_det.core.errors import check_choice, fail
+from kd_det.core.seeds import keyed_generator
+from kd_det.procedures.kcd.condensation import BLENDS, Condensation
+
+
+class SubsetSampler(Sampler[int]):
+    """One epoch over the active points in random order, for loops that count epochs.
+
+    The active list is read anew in every epoch. The ranks share one order and take every
+    ``world``-th point. Where the number of points does not divide, the first ones are repeated so
+    that all ranks take as many steps; these extra visits enter the ledger like any other.
+
+    Args:
+        condensation: whose active points are sampled.
+        seed: the same on all ranks.
+        rank: this process; from the process group by default.
+        world: number of processes; from the process group by default.
+    """
+
+    def __init__(
+        self,
+        condensation: Condensation,
+        seed: int = 0,
+        rank: int | None = None,
+        world: int | None = None,
+    ) -> None:
+        self.condensation = condensation
+        self.seed = seed
+        self.rank, self.world = _place(rank, world)
+        self.epoch = 0
+        self._start = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next epoch; call it before each."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.condensation.active) // self.world) - self._start
+
+    def __iter__(self) -> Iterator[int]:
+        generator = keyed_generator(self.seed, self.epoch)
+        active = self.condensation.active
+        order = active[torch.randperm(len(active), generator=generator)]
+        # Repeats the whole order where there are fewer points than ranks.
+        padded = -(-len(active) // self.world) * self.world
+        order = order[torch.arange(padded) % len(active)]
+        start, self._start = self._start, 0
+        return iter(order[self.rank :: self.world][start:].tolist())
+
+    def state_dict(self, visited: int = 0) -> dict[str, int]:
+        """Where this rank is.
+
+        Args:
+            visited: samples of this epoch that this rank has trained on. Loaders fetch ahead of
+                the training, so only the loop knows.
+        """
+        return {"seed": self.seed, "epoch": self.epoch, "start": visited}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue there: the next epoch that is drawn leaves out what was visited."""
+        self.seed, self.epoch, self._start = state["seed"], state["epoch"], state["start"]
+
+
+class InfiniteSubsetSampler(Sampler[int]):
+    """An endless stream over the active points, for loops that count iterations (Detectron2).
+
+    One random pass follows another; the ranks take every ``world``-th point of the stream, so
+    nothing is repeated to make them equal. Each stage has its own stream. It begins where
+    ``condensation.position`` says, which is all that a resumed run needs.
+
+    A loader that fetches ahead still holds a few batches of the old stage when a new one begins.
+    For exact resuming let the loop take a new iterator of its loader whenever
+    :meth:`Condensation.step` returns a partition.
+
+    Args:
+        condensation: whose active points are sampled; it must count iterations (``batch``).
+        seed: the same on all ranks.
+        rank: this process; from the process group by default.
+        world: number of processes; from the process group by default.
+
+    Raises:
+        KDError: the condensation counts epochs.
+    """
+
+    def __init__(
+        self,
+        condensation: Condensation,
+        seed: int = 0,
+        rank: int | None = None,
+        world: int | None = None,
+    ) -> None:
+        if condensation.batch is None:
+            fail(
+                expected="an infinite sampler on a condensation that counts iterations",
+                received="one that counts epochs",
+                remedy="build the condensation with batch, the images per iteration",
+            )
+        self.condensation = condensation
+        self.seed = seed
+        self.rank, self.world = _place(rank, world)
+
+    def __iter__(self) -> Iterator[int]:
+        state = self.condensation
+        assert state.batch is not None
+        stage, start = state.stage, state.position * state.batch
+        while True:
+            for place, index in enumerate(self._stream(stage, start), start):
+                if state.stage != stage:
+                    break
+                if place % self.world == self.rank:
+                    yield index
+            stage, start = state.stage, 0
+
+    def _stream(self, stage: int, start: int) -> Iterator[int]:
+        active = self.condensation.active
+        passes, start = divmod(start, len(active))
+        while True:
+            generator = keyed_generator(self.seed, stage, passes)
+            yield from active[torch.randperm(len(active), generator=generator)][start:].tolist()
+            passes, start = passes + 1, 0
+
+
+def blend_images(
+    image: Tensor,
+    partner: Tensor,
+    epsilon: float | Tensor,
+    mode: Literal["convex", "add"] = "convex",
+) -> Tensor:
+    """Mix a little of one image into another. The label stays that of ``image``.
+
+    Args:
+        image: ``[..., H, W]``, floating.
+        partner: ``[..., h, w]``, floating; resized to ``image`` (bilinear) if its size differs.
+        epsilon: the partner's share, a number or something to broadcast.
+        mode: ``"convex"``: ``(1 - epsilon) * image + epsilon * partner``, the released code's,
+            which stays in the range of pixels. ``"add"``: ``image + epsilon * partner``, the
+            paper's.
+
+    Raises:
+        KDError: an unknown mode, or images of integers, which a blend would truncate.
+    """
+    check_choice("blend", mode, BLENDS)
+    if not (image.is_floating_point() and partner.is_floating_point()):
+        fail(
+            expected="floating images to blend",
+            received=f"{image.dtype} and {partner.dtype}",
+            remedy="convert them first, for example with image / 255",
+        )
+    if partner.shape[-2:] != image.shape[-2:]:
+        size = (image.shape[-2], image.shape[-1])
+        flat = partner.reshape(1, -1, *partner.shape[-2:])
+        resized = F.interpolate(flat, size, mode="bilinear", align_corners=False)
+        partner = resized.reshape(*partner.shape[:-2], *size)
+    share = 1 - epsilon if mode == "convex" else 1
+    return share * image + epsilon * partner
+
+
+class _Images(Sized, Protocol):
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class RecipeDataset(Dataset[tuple[Any, Any, int]]):
+    """A data set whose images are blended as the condensation says, at the moment they are read.
+
+    Blends are made of *original* images, before random augmentation, and never stored. Indices
+    are those of the whole data set and are returned with each item, for the ledger.
+
+    Loader processes that stay alive between epochs see new blends too, since the recipes are in
+    shared memory.
+
+    Args:
+        dataset: ``(image, target)`` by index, with floating images ``[C, H, W]`` that are not yet
+            augmented.
+        condensation: whose recipes are applied.
+        transform: random augmentation of the blended image.
+
+    Raises:
+        KDError: the data set has another length than the condensation, or images that cannot be
+            blended.
+    """
+
+    def __init__(
+        self,
+        dataset: _Images,
+        condensation: Condensation,
+        transform: Callable[[Tensor], Any] | None = None,
+    ) -> None:
+        if len(dataset) != len(condensation):
+            fail(
+                expected=f"a data set of {len(condensation)} points, as the condensation has",
+                received=f"{len(dataset)} points",
+                remedy="build both from the same training set",
+            )
+        self.dataset = dataset
+        self.transform = transform
+        # Not the condensation itself: a loader process needs no copy of the ledger.
+        self._partners, self._epsilons = condensation.partners, condensation.epsilons
+        self._mode = condensation.blend
+        first = dataset[0][0] if condensation.epsilon > 0 else None
+        if first is not None and not (isinstance(first, Tensor) and first.is_floating_point()):
+            fail(
+                expected="a data set of floating image tensors, which can be blended",
+                received=str(first.dtype if isinstance(first, Tensor) else type(first).__name__),
+                remedy="convert them in the data set and pass random augmentation as transform",
+            )
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any, int]:
+        image, target = self.dataset[index]
+        partner, epsilon = int(self._partners[index]), float(self._epsilons[index])
+        if partner >= 0 and epsilon > 0:
+            image = blend_images(image, self.dataset[partner][0], epsilon, self._mode)
+        return image if self.transform is None else self.transform(image), target, index
+
+
+def _place(rank: int | None, world: int | None) -> tuple[int, int]:
+    if world is None:
+        world = world_size()
+    if rank is None:
+        rank = dist.get_rank() if world_size() > 1 else 0
+    if not 0 <= rank < world:
+        fail(
+            expected=f"a rank below the number of processes, {world}",
+            received=f"rank {rank}",
+            remedy="give both, or neither to take them from the process group",
+        )
+    return rank, world

@@ -1,0 +1,255 @@
+"""The pre-stage: train what a loss needs on the frozen teacher alone, save it, freeze it.
+
+The result belongs to a teacher and its taps, not to a student. It is a file of its own that any
+later run with the same teacher loads instead of training again.
+
+Example:
+    >>> losses = pre_stage_losses(distiller)
+    >>> model = PreStageModel(losses)  # its parameters join the pre-stage's optimiser
+    >>> sum(model(teacher_taps.read()).values()).backward()  # ... in a loop
+    >>> model.finish()
+    >>> save_pre_stage("pre_stage.pth", losses, teacher_fingerprint(teacher))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_det.core.distiller import Distiller
+from kd_det.core.errors import fail
+from kd_det.core.teacher import FrozenTeacher
+from kd_det.losses.mhgd.pre_training import PreStageLoss
+
+# Term name to its loss and the teacher taps it reads, in order.
+PreStageLosses = Mapping[str, tuple[PreStageLoss, Sequence[str]]]
+
+_FORMAT = "kd_det pre-stage 1"
+_SHOWN_DIGITS = 12
+
+__all__ = [
+    "PreStageLoss",
+    "PreStageLosses",
+    "PreStageModel",
+    "load_pre_stage",
+    "pre_stage_losses",
+    "save_pre_stage",
+    "teacher_fingerprint",
+]
+
+
+def pre_stage_losses(distiller: Distiller) -> dict[str, tuple[PreStageLoss, list[str]]]:
+    """The terms that need a pre-stage: name to loss and teacher taps. Empty if none does."""
+    return {
+        term.name: (loss, [tap for _, tap in term.taps])
+        for term in distiller.specs
+        if isinstance(loss := distiller.terms[term.name], PreStageLoss)
+    }
+
+
+class PreStageModel(nn.Module):
+    """The networks of all terms that learn beforehand, as one module to train.
+
+    Its parameters are exactly what the pre-stage's optimiser updates: the losses' other parts,
+    such as adaptors for the student, are not among them.
+
+    Args:
+        losses: name to loss and teacher taps, see :func:`pre_stage_losses`.
+    """
+
+    def __init__(self, losses: PreStageLosses) -> None:
+        super().__init__()
+        self._losses = {name: (loss, tuple(taps)) for name, (loss, taps) in losses.items()}
+        self.networks = nn.ModuleDict({name: loss.network for name, (loss, _) in losses.items()})
+        self._idle: list[str] = []
+        for loss, _ in self._losses.values():
+            loss.start_pre_stage()
+
+    def forward(self, teacher: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Scalar losses by term name; a loop sums them.
+
+        Args:
+            teacher: recorded teacher tensors by tap name; a list where a name stands for several.
+        """
+        losses = {
+            name: loss.pre_stage_loss(_flatten([teacher[tap] for tap in taps]))
+            for name, (loss, taps) in self._losses.items()
+        }
+        self._idle = [name for name, loss in losses.items() if not loss.detach().any()]
+        return losses
+
+    def optimizer(
+        self, lr: float, momentum: float, nesterov: bool, weight_decay: float
+    ) -> torch.optim.Optimizer:
+        """SGD on the networks. One that got nothing to learn from in a batch is left alone.
+
+        A single sample has no relations: without this, momentum and weight decay would move the
+        network all the same.
+        """
+        return _PreStageSGD(self, lr, momentum, nesterov, weight_decay)
+
+    def leave_idle_alone(self) -> None:
+        """Take the gradients of networks whose last batch had nothing to learn from."""
+        for name in self._idle:
+            for parameter in self.networks[name].parameters():
+                parameter.grad = None
+
+    def finish(self) -> None:
+        """Freeze all networks; their losses are ready."""
+        for loss, _ in self._losses.values():
+            loss.finish_pre_stage()
+
+
+class _PreStageSGD(torch.optim.SGD):
+    def __init__(
+        self,
+        model: PreStageModel,
+        lr: float,
+        momentum: float,
+        nesterov: bool,
+        weight_decay: float,
+    ) -> None:
+        super().__init__(
+            model.parameters(), lr, momentum, nesterov=nesterov, weight_decay=weight_decay
+        )
+        self._leave_idle_alone = model.leave_idle_alone
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        # Lightning's forward and backward pass are in the closure.
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        self._leave_idle_alone()
+        super().step()
+        return result
+
+
+def save_pre_stage(path: str | Path, losses: PreStageLosses | Distiller, teacher: str) -> None:
+    """Write the finished networks and what they belong to, as one file, at once or not at all.
+
+    Args:
+        path: a ``.pth`` file; its folder must exist.
+        losses: name to loss and teacher taps, or the distiller that holds them.
+        teacher: :func:`teacher_fingerprint` of the teacher they were trained on.
+
+    Raises:
+        KDError: a network whose pre-stage is not finished.
+    """
+    entries = []
+    for name, (loss, taps) in _as_losses(losses).items():
+        if not loss.is_ready:
+            fail(
+                expected=f"the pre-stage of term '{name}' to be finished before it is saved",
+                received="an untrained or still learning network",
+                remedy="call PreStageModel.finish() after training",
+            )
+        entries.append({**_identity(loss, taps), "state": loss.pre_stage_state()})
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save({"format": _FORMAT, "teacher": teacher, "entries": entries}, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_pre_stage(path: str | Path, losses: PreStageLosses | Distiller, teacher: str) -> None:
+    """Give the losses the networks of a file; they are ready afterwards.
+
+    Terms are recognised by loss, hyper-parameters, taps and teacher widths, not by name.
+
+    Args:
+        path: what :func:`save_pre_stage` wrote.
+        losses: name to loss and teacher taps, or the distiller that holds them.
+        teacher: :func:`teacher_fingerprint` of this run's teacher.
+
+    Raises:
+        KDError: no such file, not a pre-stage, or one of another teacher, taps or
+            hyper-parameters; the message names both sides. No loss is changed.
+    """
+    content = _read(path)
+    losses = _as_losses(losses)
+    entries = content["entries"]
+    found = {}
+    for name, (loss, taps) in losses.items():
+        wanted = _identity(loss, taps)
+        matching = [e for e in entries if all(e[key] == wanted[key] for key in wanted)]
+        if matching:
+            found[name] = matching[0]["state"]
+    if content["teacher"] != teacher or len(found) < len(losses):
+        fail(
+            expected=f"'{path}' to hold a pre-stage of this run: "
+            + _describe(teacher, [_identity(loss, taps) for loss, taps in losses.values()]),
+            received=_describe(content["teacher"], entries),
+            remedy="give the file of this teacher and these taps, or leave KD.PRE_STAGE.WEIGHTS "
+            "empty to train one",
+        )
+    for name, state in found.items():
+        losses[name][0].load_pre_stage_state(state)
+
+
+def teacher_fingerprint(model: nn.Module | FrozenTeacher) -> str:
+    """SHA-256 over the keys, dtypes, shapes and bytes of a model's state, as 64 hex digits.
+
+    Equal on every device. Converting the model to another dtype changes it.
+    """
+    module = model.model if isinstance(model, FrozenTeacher) else model
+    digest = hashlib.sha256()
+    for key, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(memoryview(data.numpy()))
+    return digest.hexdigest()
+
+
+def _as_losses(losses: PreStageLosses | Distiller) -> PreStageLosses:
+    return pre_stage_losses(losses) if isinstance(losses, Distiller) else losses
+
+
+def _identity(loss: PreStageLoss, taps: Sequence[str]) -> dict[str, Any]:
+    return {"taps": list(taps), "fingerprint": loss.fingerprint()}
+
+
+def _describe(teacher: str, entries: Sequence[Mapping[str, Any]]) -> str:
+    terms = [
+        f"{', '.join(f'{k} {v}' for k, v in entry['fingerprint'].items())} on "
+        f"{', '.join(entry['taps'])}"
+        for entry in entries
+    ]
+    return f"teacher {teacher[:_SHOWN_DIGITS]}, {'; '.join(terms) or 'no terms'}"
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    if not Path(path).is_file():
+        fail(
+            expected="a pre-stage file",
+            received=f"'{path}', which does not exist",
+            remedy="leave KD.PRE_STAGE.WEIGHTS empty to train one",
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # readers of damaged files raise nearly anything
+        received = type(error).__name__
+    else:
+        if isinstance(content, dict) and content.get("format") == _FORMAT:
+            return content
+        received = "another kind of file"
+    fail(
+        expected=f"'{path}' to be a pre-stage that save_pre_stage wrote",
+        received=received,
+        remedy="give the right file, or leave KD.PRE_STAGE.WEIGHTS empty to train one",
+    )
+
+
+def _flatten(values: Sequence[Any]) -> list[Tensor]:
+    flat: list[Tensor] = []
+    for value in values:
+        flat.extend(value if isinstance(value, (list, tuple)) else [value])
+    return [tensor.detach() for tensor in flat]

@@ -1,0 +1,1 @@
+"""One run: its config, its plan, its folder and its record."""

@@ -1,0 +1,197 @@
+"""What a run knows about the names of its classes, and the class map that follows.
+
+Names come from the training data of each side's own config, or from the config itself. A host says
+how it counts and names classes; the rest is the same for all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor
+
+from kd_det.core.class_map import NAMES_KEY, ClassMap, as_names, listed, match_classes
+from kd_det.core.errors import fail
+from kd_det.run.config import read_terms
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SideClasses:
+    """What is known about the classes of a student or a teacher.
+
+    Attributes:
+        count: classes of its head, without a background.
+        names: in the order of the outputs; None where nobody knows them.
+        reason: why nobody does, to complete "unknown: ...".
+    """
+
+    count: int
+    names: tuple[str, ...] | None
+    reason: str = ""
+
+
+def side_classes(
+    side: str, count: int, found: Sequence[str] | None, data: str, given: Sequence[Any] = ()
+) -> SideClasses:
+    """The classes of one side, from what its training data and its config say.
+
+    Names of training data that are not as many as the head's classes belong to something else;
+    they are left out with a warning.
+
+    Args:
+        side: ``"student"`` or ``"teacher"``, for messages.
+        count: classes of its head, without a background.
+        found: names in its training data; None where it is unknown or not on this machine.
+        data: name of the training data, for messages.
+        given: names that a config gives (``KD.TEACHER.CLASS_NAMES``); they go first.
+
+    Raises:
+        KDError: ``given`` holds something else than ``count`` names.
+    """
+    if given:
+        names = as_names(NAMES_KEY, given)
+        if len(names) != count:
+            fail(
+                expected=f"{NAMES_KEY} to name the {side}'s {count} classes",
+                received=f"{len(names)} names: {listed(names)}",
+                remedy="give one name per class, in the order of the outputs, without background",
+            )
+        return SideClasses(count, names)
+    if found is None:
+        return SideClasses(count, None, f"its training data '{data}' is not at hand")
+    if len(found) != count:
+        reason = f"its training data '{data}' has {len(found)} names for {count} classes"
+        logger.warning("the names of the %s's classes are unknown: %s", side, reason)
+        return SideClasses(count, None, reason)
+    return SideClasses(count, tuple(found))
+
+
+def find_class_map(
+    student: SideClasses, teacher: SideClasses, class_map: Mapping[Any, Any]
+) -> ClassMap | None:
+    """The map that a run needs before it may compare logits; None if columns stay as they are.
+
+    Where a side's names are unknown, equal counts are taken for equal classes.
+
+    Args:
+        student: the student's classes.
+        teacher: the teacher's.
+        class_map: ``KD.CLASS_MAP``, student's name to teacher's.
+
+    Raises:
+        KDError: whatever :func:`match_classes` refuses; or unknown names where counts differ or
+            where ``class_map`` refers to them.
+    """
+    if student.names is not None and teacher.names is not None:
+        found = match_classes(student.names, teacher.names, class_map)
+        if found.is_identity:
+            return None
+        logger.info("%s", found.describe())
+        return found
+    unknown = [
+        f"the names of the {side}'s classes are unknown: {classes.reason}"
+        for side, classes in (("student", student), ("teacher", teacher))
+        if classes.names is None
+    ]
+    if class_map or student.count != teacher.count:
+        fail(
+            expected="classes of student and teacher that are the same or have names, where "
+            "logits are compared",
+            received=f"student {student.count} classes, teacher {teacher.count} classes; "
+            + "; ".join(unknown),
+            remedy=f"give the teacher's names in {NAMES_KEY} (the student's are those of its "
+            "training data), use a teacher of the student's classes, or distil features only",
+        )
+    return None
+
+
+def run_class_map(
+    cfg: CfgNode,
+    teacher_cfg: CfgNode,
+    logits: Collection[str],
+    num_classes: Callable[[CfgNode], int],
+    class_names: Callable[[CfgNode], Sequence[str] | None],
+) -> ClassMap | None:
+    """The map of a run; None where it compares no logits, or its columns agree already.
+
+    Args:
+        cfg: the student's config.
+        teacher_cfg: the teacher's own.
+        logits: names of the host's taps of logits.
+        num_classes: the host's reading of a config: classes of the head, without a background.
+        class_names: likewise, their names where the training data tells.
+
+    Raises:
+        KDError: see :func:`side_classes` and :func:`find_class_map`.
+    """
+    if not any(tap in logits for term in read_terms(cfg) for _, tap in term.taps):
+        return None
+    student, teacher = (
+        side_classes(side, num_classes(own), class_names(own), ", ".join(own.DATASETS.TRAIN), given)
+        for side, own, given in (
+            ("student", cfg, ()),
+            ("teacher", teacher_cfg, cfg.KD.TEACHER.CLASS_NAMES),
+        )
+    )
+    return find_class_map(student, teacher, cfg.KD.CLASS_MAP)
+
+
+def given_names(cfg: CfgNode) -> list[str] | None:
+    """Names of the teacher's classes that a config gives itself, if it does."""
+    return list(as_names(NAMES_KEY, cfg.KD.TEACHER.CLASS_NAMES)) or None
+
+
+def fitting_names(names: Sequence[str] | None, count: int) -> list[str] | None:
+    """Names of a head's classes; None where nobody knows them.
+
+    Names that are not as many as the classes belong to something else, as in
+    :func:`kd_det.run.class_names.side_classes`, which refuses some where logits are compared.
+
+    Args:
+        names: of a side's training data, or given for it.
+        count: classes of its head, without a background.
+    """
+    return list(names) if names is not None and len(names) == count else None
+
+
+def translation(
+    student: Sequence[str] | None, teacher: Sequence[str] | None, renamed: Mapping[Any, Any]
+) -> list[int] | None:
+    """The student's index of each of the teacher's classes, by name; -1 where it has none.
+
+    Unlike :func:`kd_det.core.class_map.match_classes` it refuses nothing: a teacher that lacks
+    classes can still be evaluated on the others.
+
+    Args:
+        student: names in the order of its outputs; None where nobody knows them.
+        teacher: likewise.
+        renamed: ``KD.CLASS_MAP``, student's name to teacher's.
+
+    Returns:
+        None where names are unknown: indices are taken as they are.
+    """
+    if student is None or teacher is None:
+        return None
+    other = {str(own): str(name) for own, name in renamed.items()}
+    places = {other.get(name, name): place for place, name in enumerate(student)}
+    return [places.get(name, -1) for name in teacher]
+
+
+def translated(classes: Tensor, table: Sequence[int] | None, count: int) -> Tensor:
+    """The teacher's class indices as the student's; -1 where the student has no such class.
+
+    Args:
+        classes: integers of any shape, from 0.
+        table: see :func:`translation`.
+        count: classes of the student.
+    """
+    if table is None:
+        return classes.where(classes < count, -1)
+    return torch.tensor(table, device=classes.device)[classes]

@@ -1,0 +1,309 @@
+"""The ``HOST`` and ``KD`` keys that every host shares, and one voice for config mistakes."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from fvcore.common.config import CfgNode
+
+from kd_det.balance import build_balance
+from kd_det.core.errors import KDError, check_known, fail, nearest
+from kd_det.core.terms import Term, parse_terms
+
+HOSTS = ("detectron2", "torchvision_detection", "classification")
+
+_OPEN_NODES = ("KD.TERMS.", "KD.CLASS_MAP.", "KD.BALANCE.SHARES.", "DATASETS.COCO_JSON.")
+
+
+def add_kd_config(cfg: CfgNode) -> None:
+    """Add ``HOST``, ``KD`` and ``DATASETS.COCO_JSON`` to a yacs config, in place."""
+    node = type(cfg)
+    cfg.HOST = "detectron2"
+    cfg.KD = node()
+    # False trains the plain student from the same file: the honest baseline.
+    cfg.KD.ENABLED = True
+    cfg.KD.TEACHER = node()
+    # A complete config: a path or, on Detectron2, a model-zoo name.
+    cfg.KD.TEACHER.CONFIG_FILE = ""
+    # The teacher's own file; never merged with the student's weights.
+    cfg.KD.TEACHER.WEIGHTS = ""
+    # Only this allows an untrained teacher.
+    cfg.KD.TEACHER.ALLOW_RANDOM = False
+    # Preflight refuses a teacher whose box AP (top-1 accuracy of a classifier) on the validation
+    # images it looks at is lower, in percent. 0: no floor.
+    cfg.KD.TEACHER.MIN_AP = 0.0
+    # Names of its classes, in the order of its outputs, where its training data does not tell.
+    cfg.KD.TEACHER.CLASS_NAMES = []
+    # Student's class name -> teacher's, where the names differ.
+    cfg.KD.CLASS_MAP = node(new_allowed=True)
+    # name of the logged loss -> {LOSS, WEIGHT, TAPS, SCHEDULE, further loss arguments}
+    cfg.KD.TERMS = node(new_allowed=True)
+    # Names of the terms that are on; empty: all. STAGES sets it.
+    cfg.KD.ACTIVE_TERMS = []
+    # A checkpoint whose distiller.* is the start of what the losses learn (adaptors).
+    cfg.KD.WEIGHTS = ""
+    # Iterations after which a term that was always exactly zero is reported by name.
+    cfg.KD.REPORT_PERIOD = 1000
+    # Of the task losses beside the terms (w_ce of classifier recipes). 0 trains with the terms
+    # alone: the first stage of FSP and of the original FitNet.
+    cfg.KD.TASK_WEIGHT = 1.0
+    _add_balance(cfg)
+    _add_pre_stage(cfg)
+    _add_kcd(cfg)
+    # Look at the run for two minutes before it starts; see kd_det.preflight.
+    cfg.PREFLIGHT = False
+    # Loggers beside metrics.json and TensorBoard, by name: wandb, mlflow.
+    cfg.LOGGERS = []
+    # Iterations between two pictures of what is distilled, into TensorBoard. 0: none.
+    cfg.VIS_PERIOD = 0
+    # Runs one after the other: [{NAME, TERMS, TASK, CARRY, OVERRIDES}]; see kd_det.run.plan.
+    cfg.STAGES = []
+    # Several seeds in one command, each in OUTPUT_DIR/seed_<n>.
+    cfg.SEEDS = []
+    if "DATASETS" not in cfg:
+        cfg.DATASETS = node()
+    # name -> [json, image_root]: any COCO-format data set without code.
+    cfg.DATASETS.COCO_JSON = node(new_allowed=True)
+
+
+def _add_balance(cfg: CfgNode) -> None:
+    """How the weights of the terms follow the run; the published methods keep them constant."""
+    node = type(cfg)
+    cfg.KD.BALANCE = node()
+    # none, measure (log the shares only), gradient_share, gradnorm or uncertainty.
+    cfg.KD.BALANCE.NAME = "none"
+    # Of gradient_share: term -> its share of the gradient on the shared parameters; the rest is
+    # the task's.
+    cfg.KD.BALANCE.SHARES = node(new_allowed=True)
+    # Iterations between two measurements; each costs a backward pass per term and one of the task.
+    cfg.KD.BALANCE.PERIOD = 10
+    # Of gradnorm, as in its paper: how strongly a loss that falls more slowly is pulled after the
+    # others, and the relative step of a weight.
+    cfg.KD.BALANCE.ALPHA = 1.5
+    cfg.KD.BALANCE.LR = 0.025
+
+
+def _add_pre_stage(cfg: CfgNode) -> None:
+    """What losses with a network of their own (MHGD) learn from the teacher alone, beforehand."""
+    node = type(cfg)
+    cfg.KD.PRE_STAGE = node()
+    # A finished pre-stage of the same teacher and taps; empty trains one into OUTPUT_DIR.
+    cfg.KD.PRE_STAGE.WEIGHTS = ""
+    # MHGD, section 5 of its supplement: 20 epochs, SGD 0.1 constant, Nesterov.
+    cfg.KD.PRE_STAGE.EPOCHS = 20
+    cfg.KD.PRE_STAGE.MAX_ITER = 0  # above 0: iterations instead of epochs
+    cfg.KD.PRE_STAGE.BASE_LR = 0.1
+    cfg.KD.PRE_STAGE.MOMENTUM = 0.9
+    cfg.KD.PRE_STAGE.NESTEROV = True
+    # Its code adds 5e-4 * sum w^2: twice what an optimiser calls a decay of 5e-4.
+    cfg.KD.PRE_STAGE.WEIGHT_DECAY = 0.001
+
+
+def _add_kcd(cfg: CfgNode) -> None:
+    """KCD's shrinking training set; it wraps whatever terms there are."""
+    node = type(cfg)
+    cfg.KD.KCD = node()
+    cfg.KD.KCD.ENABLED = False
+    cfg.KD.KCD.RHO = 0.7  # share of the points that the last stage keeps
+    # Epochs between two condensations on classifiers, iterations on detectors.
+    cfg.KD.KCD.PERIOD = 40
+    cfg.KD.KCD.ALPHA = 0.03  # exponent of the visit count in the score
+    cfg.KD.KCD.SCHEDULE = "exp"  # or linear
+    cfg.KD.KCD.POOL = "all"  # or active: dropped points never return
+    cfg.KD.KCD.EPSILON = 0.3  # largest share of a blended partner; 0: no blending
+    cfg.KD.KCD.BLEND = "convex"  # or add
+    cfg.KD.KCD.EPSILON_RULE = "reference"  # eps * j / L; paper: eps * (j + 1) / L
+    cfg.KD.KCD.MIN_PER_CLASS = 0
+
+
+def read_host(config_file: str) -> str:
+    """The ``HOST`` a config file (with its ``_BASE_``) asks for.
+
+    Raises:
+        KDError: the file is missing or not a YAML mapping, or asks for an unknown host.
+    """
+    if not Path(config_file).is_file():
+        fail(
+            expected="--config-file to name a file",
+            received=repr(config_file),
+            remedy="give a path such as configs/reviewkd_frcnn_r50_r101.yaml",
+        )
+    host = load_yaml(config_file).get("HOST", "detectron2")
+    check_known("HOST", host, HOSTS)
+    return host
+
+
+def load_yaml(config_file: str) -> dict[str, Any]:
+    """The mapping in a config file and its ``_BASE_``.
+
+    Raises:
+        KDError: it cannot be read as one.
+    """
+    try:
+        loaded = CfgNode.load_yaml_with_base(config_file, allow_unsafe=True)
+    except (OSError, yaml.YAMLError) as error:
+        received = " ".join(str(error).split())
+    except (TypeError, AttributeError):  # fvcore's, where the file or its base is no mapping
+        received = "something else"
+    else:
+        if isinstance(loaded, dict):
+            return loaded
+        received = type(loaded).__name__
+    fail(
+        expected=f"'{config_file}' and its _BASE_ to be YAML mappings of config keys",
+        received=received,
+        remedy="correct the file",
+    )
+
+
+def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Merge a file and command-line overrides into ``cfg``, in place.
+
+    Raises:
+        KDError: an unknown key (the nearest known key is suggested) or a value of the wrong
+            type; a term that :func:`read_terms` refuses, or a ``KD.BALANCE`` that
+            :func:`kd_det.balance.build_balance` does.
+    """
+    known = list(_keys(cfg))
+    _check_keys(load_yaml(config_file))
+    try:
+        cfg.merge_from_file(config_file)
+        _merge_options(cfg, opts)
+    except (KeyError, AssertionError, ValueError) as error:
+        if isinstance(error, KDError):
+            raise
+        _explain(error, known)
+    check_known("HOST", cfg.HOST, HOSTS)
+    if cfg.KD.ENABLED:
+        build_balance(cfg, read_terms(cfg))
+    return cfg
+
+
+def read_terms(cfg: CfgNode) -> list[Term]:
+    """The parsed ``KD.TERMS`` that are active; every name, type and schedule is checked."""
+    terms = parse_terms(_plain(cfg.KD.TERMS))
+    active = list(cfg.KD.ACTIVE_TERMS)
+    for name in active:
+        check_known("term in KD.ACTIVE_TERMS", name, [term.name for term in terms])
+    return [term for term in terms if not active or term.name in active]
+
+
+def is_condensed(cfg: CfgNode) -> bool:
+    """Whether a run has ``KD.KCD`` on."""
+    return bool(cfg.KD.ENABLED and cfg.KD.KCD.ENABLED)
+
+
+def condensation_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """``KD.KCD`` as arguments of :class:`~kd_det.procedures.kcd.condensation.Condensation`."""
+    return {key.lower(): value for key, value in cfg.KD.KCD.items() if key != "ENABLED"}
+
+
+def _check_keys(node: Any, where: str = "") -> None:
+    """Names of classes may be numbers, which YAML does not take for text."""
+    if not isinstance(node, dict):
+        return
+    for key, value in node.items():
+        if not isinstance(key, str):
+            fail(
+                expected=f"text as the keys{f' of {where}' if where else ''}",
+                received=f"{key!r} ({type(key).__name__})",
+                remedy=f"put it in quotes: '{key}'",
+            )
+        _check_keys(value, f"{where}.{key}" if where else key)
+
+
+def without_distillation(cfg: CfgNode) -> CfgNode:
+    """A thawed copy of a run's config that describes the plain student."""
+    stock = cfg.clone()
+    stock.defrost()
+    stock.KD = type(cfg)({"ENABLED": False})
+    return stock
+
+
+def _merge_options(cfg: CfgNode, opts: Sequence[str]) -> None:
+    if len(opts) % 2:
+        fail(
+            expected="overrides as KEY VALUE pairs",
+            received=" ".join(opts),
+            remedy="write for example SOLVER.BASE_LR 0.01",
+        )
+    rest: list[str] = []
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        # Names below these nodes are the user's own, a term's argument may be unset in the file,
+        # and 1 is a fine value for 0.5: yacs would refuse all three. Their values are taken as
+        # they are and checked afterwards, as terms and data sets.
+        if key.startswith(_OPEN_NODES):
+            _set(cfg, key.split("."), literal(value))
+        else:
+            rest += [key, _as_float(cfg, key, value)]
+    cfg.merge_from_list(rest)
+
+
+def _set(cfg: CfgNode, path: Sequence[str], value: Any) -> None:
+    node = cfg
+    for part in path[:-1]:
+        if part not in node:
+            node[part] = type(cfg)()
+        node = node[part]
+        if not isinstance(node, CfgNode):
+            raise KeyError(f"Non-existent key: {'.'.join(path)}")
+    node[path[-1]] = type(cfg)(value) if isinstance(value, dict) else value
+
+
+def _as_float(cfg: CfgNode, key: str, value: str) -> Any:
+    """``SOLVER.BASE_LR 1`` means 1.0: yacs does not take an int for a float."""
+    node: Any = cfg
+    for part in key.split("."):
+        if not isinstance(node, CfgNode):
+            raise KeyError(f"Non-existent key: {key}")
+        if part not in node:
+            return value
+        node = node[part]
+    number = literal(value)
+    whole = isinstance(number, int) and not isinstance(number, bool)
+    return float(number) if isinstance(node, float) and whole else value
+
+
+def literal(value: Any) -> Any:
+    """What a value of the command line means as Python; a string where it means nothing."""
+    try:
+        return ast.literal_eval(value) if isinstance(value, str) else value
+    except (ValueError, SyntaxError, TypeError):
+        return value
+
+
+def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _explain(error: Exception, known: list[str]) -> None:
+    message = str(error.args[0]) if error.args else str(error)
+    if "Non-existent" in message:
+        key = message.rpartition(": ")[2].strip("'\"")
+        # Suggest what stands beside the first wrong part of the key.
+        wrong = key
+        while not (siblings := [k for k in known if _parent(k) == _parent(wrong)]):
+            wrong = _parent(wrong)
+        fail(
+            expected="a known config key",
+            received=f"'{key}'",
+            remedy=nearest(wrong, siblings),
+        )
+    fail(expected="a config this host can read", received=message, remedy="correct this value")
+
+
+def _parent(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _plain(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {k: _plain(v) for k, v in node.items()}
+    return node
