@@ -57,7 +57,8 @@ def losses() -> list[Method]:
     for name, loss in LOSSES:
         if loss.__module__.startswith("kd_det.losses."):
             names.setdefault(loss.__module__, []).append(name)
-    found = [Method(tuple(n), m.rpartition(".")[2], m) for m, n in names.items()]
+    # The module of a method, or the folder where it has several.
+    found = [Method(tuple(n), m.split(".")[2], m) for m, n in names.items()]
     return sorted(found, key=lambda method: method.page)
 
 

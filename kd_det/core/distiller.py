@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_det.balance import Balance
+from kd_det.core.balance import Balance
 from kd_det.core.errors import check_known, fail
 from kd_det.core.loss import DistillLoss, TapSpec
 from kd_det.core.numerics import zero_in_graph

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode
 
-from kd_det.app import train as cli
 from kd_det.core.errors import check_known, fail
+from kd_det.hosts import base
 from kd_det.run.config import read_host
 from kd_det.tuning.space import Space, as_text
 
@@ -33,7 +33,7 @@ def load_config(
         KDError: see :func:`kd_det.run.config.merge_config`.
     """
     opts = [part for key, value in (values or {}).items() for part in (key, as_text(value))]
-    return cli.load_config(config_file, [*overrides, *opts])
+    return base.load_config(config_file, [*overrides, *opts])
 
 
 def check_search(config_file: str, overrides: Sequence[str], spaces: Mapping[str, Space]) -> None:

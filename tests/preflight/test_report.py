@@ -13,9 +13,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from kd_det.app import preflight as preflight_cli
 from kd_det.app.preflight import main
-from kd_det.preflight import Preflight, Section, Settings, Table, budget, preflight, require, run
+from kd_det.preflight import (
+    Preflight,
+    Section,
+    Settings,
+    Table,
+    budget,
+    gate,
+    preflight,
+    require,
+    run,
+)
 from kd_det.preflight.page import FILES, prepare_folder, write_report
 from kd_det.preflight.run import TITLES
 from kd_det.preflight.terms import proposed_weight
@@ -198,7 +207,7 @@ def looked_at(monkeypatch):
         calls.append((cfg, remark))
         return Preflight(str(cfg.OUTPUT_DIR), str(cfg.HOST))
 
-    monkeypatch.setattr(preflight_cli, "run_preflight", look)
+    monkeypatch.setattr(gate, "run_preflight", look)
     return calls
 
 

@@ -138,7 +138,7 @@ def test_two_cpu_processes_end_with_equal_weights(options, tmp_path):
         f"    path = '{tmp_path}/rank%d.pth' % comm.get_rank()\n"
         "    torch.save(self.model.module.state_dict(), path)\n"
         "train.Trainer.after_train = save\n"
-        "from kd_det import cli\n"
+        "from kd_det.app import train as cli\n"
         "sys.exit(cli.main())\n"
     )
     command = [sys.executable, *launcher, str(hook), "--config-file", str(CONFIG)]

@@ -6,7 +6,11 @@ import logging
 
 import pytest
 import torch
-from tests.losses.mhgd_cases import (
+
+from kd_det import Distiller
+from kd_det.losses import MHGDLoss, TapSpec, mhgd_loss
+from kd_det.losses.mhgd.singular import student_vectors, teacher_vectors
+from tests.losses.mhgd.cases import (
     CHANNELS,
     OTHER_SIZES,
     SIZES,
@@ -15,10 +19,6 @@ from tests.losses.mhgd_cases import (
     slow_similarity,
     slow_transfer,
 )
-
-from kd_det import Distiller
-from kd_det.losses import MHGDLoss, TapSpec, mhgd_loss
-from kd_det.losses.mhgd.singular import student_vectors, teacher_vectors
 from tests.slow import array
 
 VARIANTS = [{}, {"reduction": "mean"}, {"heads": 1}, {"vectors": 1}]

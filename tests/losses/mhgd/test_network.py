@@ -8,12 +8,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from tests.losses.mhgd_cases import CHANNELS, build, pyramid, slow_similarity, slow_softmax, unit
 from torch import nn
 
 from kd_det.losses import MHGDLoss
 from kd_det.losses.mhgd.loss import AttentionModule, head_drop
 from kd_det.losses.mhgd.singular import teacher_vectors
+from tests.losses.mhgd.cases import CHANNELS, build, pyramid, slow_similarity, slow_softmax, unit
 from tests.slow import array
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from tests.losses.mhgd_cases import CHANNELS, SIZES, build
 from torch.multiprocessing import spawn
+
+from tests.losses.mhgd.cases import CHANNELS, SIZES, build
 
 COUNTS = {"unequal": (3, 5), "one without samples": (0, 6), "one sample each": (1, 1)}
 
