@@ -11,7 +11,8 @@ from kd_det.app.arguments import config_parser
 from kd_det.core.errors import KDError, fail
 from kd_det.hosts.base import load_config
 from kd_det.preflight.context import Settings
-from kd_det.preflight.gate import FOLDER, preflight
+from kd_det.preflight.gate import preflight
+from kd_det.run.folder import PREFLIGHT
 from kd_det.run.plan import Plan, read_plan
 
 _DESCRIPTION = """\
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = read_plan(args.config_file, args.opts)
         opts, remark = _first_stage(plan)
         cfg = load_config(args.config_file, [*args.opts, *opts])
-        output = args.output or Path(plan.output if plan.stages else cfg.OUTPUT_DIR) / FOLDER
+        output = args.output or Path(plan.output if plan.stages else cfg.OUTPUT_DIR) / PREFLIGHT
         report = preflight(cfg, output, settings, remark=remark)
     except KDError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -16,8 +16,9 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from kd_det.core.distributed import mean_over_ranks, world_size
 
 
 def clip_factor(epochs_since_start: float) -> float:
@@ -42,7 +43,7 @@ def transfer_gradients(
         One gradient per parameter; None where no process has one.
     """
     gradients = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if world_size() == 1:
         return list(gradients)
     return _average(gradients, parameters)
 
@@ -93,9 +94,7 @@ def _average(
         (torch.zeros_like(parameter) if gradient is None else gradient).flatten()
         for gradient, parameter in zip(gradients, parameters, strict=True)
     ]
-    flat = torch.cat([*parts, flags])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
+    flat = mean_over_ranks(torch.cat([*parts, flags]))
     *parts, flags = flat.split([parameter.numel() for parameter in parameters] + [len(present)])
     return [
         part.view_as(parameter).to(parameter.dtype) if flag else None

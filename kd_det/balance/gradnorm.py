@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kd_det.balance.measured import MeasuredBalance, check_signs
-from kd_det.balance.shares import mean_over_processes
+from kd_det.core.distributed import mean_over_ranks
 from kd_det.core.errors import fail
 from kd_det.core.terms import Term
 
@@ -66,7 +66,7 @@ class GradNorm(MeasuredBalance):
 
     def update(self, norms: Tensor, losses: Tensor, factors: Mapping[str, float]) -> None:
         """One step of the weights."""
-        losses = mean_over_processes(losses)
+        losses = mean_over_ranks(losses)
         configured = norms.new_tensor([1.0, *self.configured.values()])
         learned = torch.cat([self.log_weights.new_zeros(1), self.log_weights]).exp()
         norms = norms * configured * learned

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kd_det.core.distributed import mean_over_ranks, world_size
 from kd_det.core.errors import check_known, fail
 
 TASK = "task"
@@ -74,7 +75,7 @@ def gradient_norms(
         product = gradient.norm * task.norm
         cosine = _dot(gradient.parts, task.parts, parameters) / product
         cosines.append(torch.where(product == 0, torch.zeros_like(product), cosine))
-    values = mean_over_processes(torch.stack([*norms, *cosines])).unbind()
+    values = mean_over_ranks(torch.stack([*norms, *cosines])).unbind()
     return GradientReport(
         dict(zip([TASK, *terms], values, strict=False)),
         dict(zip(terms, values[len(norms) :], strict=True)),
@@ -100,15 +101,6 @@ def _weighted(norm: Tensor, weight: float | Tensor) -> Tensor:
     # A term that is off has no share, even if its gradient is not finite.
     off = not isinstance(weight, Tensor) and weight == 0
     return torch.zeros_like(norm) if off else (norm * weight).abs()
-
-
-def mean_over_processes(values: Tensor) -> Tensor:
-    """``values``, averaged over all processes; unchanged where there is one."""
-    if not _several_processes():
-        return values
-    values = values.clone()
-    dist.all_reduce(values)
-    return values / dist.get_world_size()
 
 
 class _Gradient(NamedTuple):
@@ -145,13 +137,9 @@ def _gradient(
 def _in_every_process(*flags: Tensor) -> list[bool]:
     """Of each flag whether it is set in all processes."""
     values = torch.stack(flags).int()
-    if _several_processes():
+    if world_size() > 1:
         dist.all_reduce(values, dist.ReduceOp.MIN)
     return [bool(value) for value in values.tolist()]
-
-
-def _several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _dot(

@@ -25,15 +25,21 @@ _RTOL, _ATOL = 1e-5, 1e-6
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode and without gradients; every module's mode comes back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+def modes_kept(*models: nn.Module) -> Iterator[None]:
+    """Train and eval modes may change inside; every module has its own mode again afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
     try:
-        with torch.no_grad():
-            yield model
+        yield
     finally:
-        _restore(modes)
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode and without gradients; see :func:`modes_kept`."""
+    with modes_kept(model), torch.no_grad():
+        yield model.eval()
 
 
 def training_losses(
@@ -52,17 +58,14 @@ def training_losses(
     Returns:
         Its losses, in the graph of the model's own parameters.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    if distiller is not None:
-        # Of this module alone: it counts the steps, the losses inside must train.
-        distiller.training = False
-    try:
+    with modes_kept(model):
+        model.train()
+        if distiller is not None:
+            # Of this module alone: it counts the steps, the losses inside must train.
+            distiller.training = False
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         losses: dict[str, Tensor] = functional_call(model, buffers, arguments)
         return losses
-    finally:
-        _restore(modes)
 
 
 def repeatable(loader: Iterable[Any], seed_all: Callable[[int], Any], seed: int) -> Iterator[Any]:
@@ -171,8 +174,3 @@ def _difference(one: Tensor, other: Tensor) -> str:
     if torch.allclose(one, other, _RTOL, _ATOL):
         return ""
     return f"differs by up to {(one - other).abs().max().item():.3g}"
-
-
-def _restore(modes: Iterable[tuple[nn.Module, bool]]) -> None:
-    for module, mode in modes:
-        module.training = mode

@@ -1,4 +1,4 @@
-"""Rows of all ranks as one tensor, with gradients: what a loss over a whole batch needs.
+"""The process group of a run: its size, this rank, and values of all ranks.
 
 Shapes: rank r holds ``N_r`` rows; every rank receives all ``N = N_0 + N_1 + ...`` of them.
 """
@@ -14,6 +14,42 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kd_det.core.errors import fail
+
+
+def world_size() -> int:
+    """The number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The index of this process in the process group; 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def collective_device() -> torch.device:
+    """The device of tensors that ranks exchange: NCCL accepts only those of the GPU."""
+    return torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """``values`` averaged over all ranks; ``values`` itself with one rank. All ranks must call it.
+
+    No gradient passes the average.
+    """
+    if world_size() == 1:
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values / world_size()
+
+
+def gather_objects(own: Any) -> list[Any]:
+    """``own`` of every rank, in rank order; all ranks must call it."""
+    if world_size() == 1:
+        return [own]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, own)
+    return gathered
 
 
 def gather_rows(rows: Tensor) -> Tensor:
@@ -35,7 +71,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     Raises:
         KDError: the ranks' rows differ in shape beyond their number; raised on every rank.
     """
-    if _alone():
+    if world_size() == 1:
         return rows
     shapes = _all_gather(torch.tensor(rows.shape, device=rows.device))
     counts, *rest = torch.stack(shapes, dim=1).tolist()
@@ -45,7 +81,7 @@ def gather_rows(rows: Tensor) -> Tensor:
             received=", ".join(str(tuple(shape.tolist())) for shape in shapes),
             remedy="pool maps to one vector per sample before gathering",
         )
-    return _GatherRows.apply(rows, counts, dist.get_rank())
+    return _GatherRows.apply(rows, counts, rank())
 
 
 def gather_aligned(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -53,15 +89,10 @@ def gather_aligned(tensors: Sequence[Tensor]) -> list[Tensor]:
 
     They travel in the widest of their dtypes and come back in it.
     """
-    if _alone():
+    if world_size() == 1:
         return list(tensors)
     widths = [tensor.shape[1] for tensor in tensors]
     return list(gather_rows(torch.cat(list(tensors), dim=1)).split(widths, dim=1))
-
-
-def _alone() -> bool:
-    distributed = dist.is_available() and dist.is_initialized()
-    return not distributed or dist.get_world_size() == 1
 
 
 class _GatherRows(torch.autograd.Function):
@@ -84,16 +115,6 @@ class _GatherRows(torch.autograd.Function):
 
 
 def _all_gather(tensor: Tensor) -> list[Tensor]:
-    received = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    received = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(received, tensor)
     return received
-
-
-def world_size() -> int:
-    """The number of ranks; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def collective_device() -> torch.device:
-    """Where tensors must be to be exchanged: NCCL takes only those of the GPU."""
-    return torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")

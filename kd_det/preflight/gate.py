@@ -18,8 +18,7 @@ from kd_det.preflight.findings import Preflight, Section
 from kd_det.preflight.page import HTML, PICTURE, prepare_folder, write_report
 from kd_det.preflight.render import show_section, show_verdict
 from kd_det.preflight.run import run_preflight
-
-FOLDER = "preflight"
+from kd_det.run.folder import PREFLIGHT
 
 
 def preflight(
@@ -77,7 +76,7 @@ def require(cfg: CfgNode) -> None:
     Raises:
         KDError: the report has errors, or cannot be written.
     """
-    output = Path(cfg.OUTPUT_DIR) / FOLDER
+    output = Path(cfg.OUTPUT_DIR) / PREFLIGHT
     report = preflight(cfg, output)
     if not report.ready:
         fail(

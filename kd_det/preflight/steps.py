@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,9 +15,9 @@ from kd_det.balance.shares import TASK, gradient_norms
 from kd_det.bench.looks import evaluating
 from kd_det.bench.workbench import Workbench
 from kd_det.preflight.budget import Stopwatch, within
+from kd_det.run.devices import peak_memory
 
 _LOSS_SCALE = 1024.0  # of half-precision losses in the step's backward pass, as in training
-_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -147,14 +145,14 @@ class _Watch:
         self._forget_peak()
         with self._hooks(watches), watches["forward"].running():
             losses = bench.losses(batch)
-        peak = _peak_memory(self.on_gpu)
+        peak = peak_memory(self.device)
         # The run does not measure: what that takes on top is none of its memory.
         terms, task, norm = self._measure(losses)
         self._forget_peak()
         backward = Stopwatch(self.device)
         with backward.running():
             (torch.stack([loss.float() for loss in losses.values()]).sum() * self._scale).backward()
-        self.memory = max(peak, _peak_memory(self.on_gpu))
+        self.memory = max(peak, peak_memory(self.device))
         bench.model.zero_grad(set_to_none=True)
         forward = watches["forward"].seconds
         apart = {name: watches[name].seconds for name in ("teacher", "losses")}
@@ -298,11 +296,3 @@ def _first(batch: Any, images: int) -> Any:
     if isinstance(batch[0], Mapping):
         return batch[:images]
     return type(batch)(part[:images] for part in batch)
-
-
-def _peak_memory(on_gpu: bool) -> float:
-    if on_gpu:
-        return torch.cuda.max_memory_allocated() / _MIB
-    # Kibibytes on Linux, bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _MIB

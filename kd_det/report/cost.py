@@ -13,7 +13,8 @@ from kd_det.core.errors import fail
 from kd_det.hosts.base import load_config
 from kd_det.report.blocks import describe
 from kd_det.report.groups import Group, Study
-from kd_det.report.runs import CONFIG, Run
+from kd_det.report.runs import Run
+from kd_det.run.folder import CONFIG
 
 # What decides the deployed model and the size of its images; where its weights come from does not.
 _DEPLOYED = ("HOST", "MODEL.", "INPUT.", "TEST.")

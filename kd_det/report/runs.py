@@ -12,14 +12,10 @@ from kd_det.core.errors import KDError
 from kd_det.report.metrics import Curves, read_metrics
 from kd_det.run.config import literal, load_yaml
 from kd_det.run.curves import curve_tag
-from kd_det.run.plan import FINAL, RESULTS
-from kd_det.run.record import FAILED, FILE, RUNNING, read_record
+from kd_det.run.folder import CONFIG, DETECTIONS, FINAL, INFERENCE, METRICS, RECORD, RESULTS
+from kd_det.run.record import FAILED, RUNNING, read_record
 
-PREDICTIONS = Path("inference") / "coco_instances_results.json"
-CLASSIFIED = Path("inference") / "predictions.json"
-
-CONFIG, _METRICS = "config.yaml", "metrics.json"
-_TRACES = (CONFIG, FILE, _METRICS, RESULTS, FINAL)
+_TRACES = (CONFIG, RECORD, METRICS, RESULTS, FINAL)
 # What a metric measures is the first part of its name; everything else in metrics.json is a loss,
 # a time or a rate.
 KINDS = ("bbox", "segm", "accuracy")
@@ -93,8 +89,8 @@ class Run:
         every set a folder of its name.
         """
         if len(self.test_sets) > 1:
-            return self.file(PREDICTIONS.parent / self.test_sets[0] / PREDICTIONS.name)
-        return self.file(PREDICTIONS)
+            return self.file(Path(INFERENCE) / self.test_sets[0] / Path(DETECTIONS).name)
+        return self.file(DETECTIONS)
 
     @property
     def planned(self) -> int:
@@ -165,19 +161,19 @@ def read_run(folder: Path) -> Run:
             run.problems.append(f"{CONFIG} cannot be read: {error}")
     else:
         run.problems.append(f"no {CONFIG}: neither its data nor its terms are known")
-    if path := run.file(FILE):
+    if path := run.file(RECORD):
         record = read_record(path.parent) or {}
         run.record = {k: v for k, v in record.items() if isinstance(v, _ENTRIES.get(k, object))}
         if run.record != record or not record:
-            run.problems.append(f"{FILE} cannot be read, or not all of it")
-    if path := run.file(_METRICS):
+            run.problems.append(f"{RECORD} cannot be read, or not all of it")
+    if path := run.file(METRICS):
         curves, problems = read_metrics(path)
         # Of several test sets the names begin with that of the set; the first counts.
         first = f"{run.test_sets[0]}/" if len(run.test_sets) > 1 else ""
         run.curves = {name.removeprefix(first): points for name, points in curves.items()}
         run.problems += problems
     else:
-        run.problems.append(f"no {_METRICS}: no curves and no times")
+        run.problems.append(f"no {METRICS}: no curves and no times")
     _read_results(run)
     return run
 
@@ -221,7 +217,7 @@ def _read_results(run: Run) -> None:
             for name, points in run.curves.items()
             if name.split("/")[0] in KINDS
         }
-        run.sources = _sources(run.scores, f"the last evaluation in {_METRICS}")
+        run.sources = _sources(run.scores, f"the last evaluation in {METRICS}")
 
 
 def _sources(scores: Mapping[str, float], source: str) -> dict[str, str]:

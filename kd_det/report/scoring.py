@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from kd_det.core.errors import KDError
 from kd_det.report.blocks import describe
 from kd_det.report.classified import accuracy, read_answers
-from kd_det.report.runs import CLASSIFIED, PREDICTIONS, Run
+from kd_det.report.runs import Run
 from kd_det.report.scores import detection_scores, read_predictions
 from kd_det.report.truth import Truth, find_truth
-from kd_det.run.plan import RESULTS
+from kd_det.run.folder import DETECTIONS, PREDICTIONS, RESULTS
 
 # Evaluators round differently; predictions of other weights differ by more. In percent.
 _SAME = 0.1
@@ -28,14 +28,14 @@ def score(run: Run, truths: Truths) -> None:
         run: changed in place.
         truths: the data sets read so far; added to.
     """
-    detections, answers = run.predictions, run.file(CLASSIFIED)
+    detections, answers = run.predictions, run.file(PREDICTIONS)
     try:
         if detections is not None:
             truth = truth_of(run, truths)
             measured = detection_scores(truth, read_predictions(detections, truth))
-            _take(run, measured, str(PREDICTIONS))
+            _take(run, measured, DETECTIONS)
         elif answers is not None:
-            _take(run, accuracy(read_answers(answers)), str(CLASSIFIED))
+            _take(run, accuracy(read_answers(answers)), PREDICTIONS)
     # One broken run, whatever broke it, must not cost the report of the others.
     except Exception as error:
         run.problems.append(f"its saved predictions are not used: {describe(error)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from kd_det.report.blocks import Block, Gallery, Table, Text, describe, row
 from kd_det.report.classified import answer_blocks, read_answers
@@ -12,11 +11,12 @@ from kd_det.report.cost import open_plain
 from kd_det.report.examples import contrast, own_annotations
 from kd_det.report.groups import Group, Problem, Study
 from kd_det.report.matching import MIN_IOU, MIN_SCORE, match_all, tally
-from kd_det.report.runs import CLASSIFIED, PREDICTIONS, Run
+from kd_det.report.runs import Run
 from kd_det.report.scores import read_predictions
 from kd_det.report.scoring import Truths, truth_of
 from kd_det.report.summary import Headline
 from kd_det.report.truth import Truth
+from kd_det.run.folder import DETECTIONS, PREDICTIONS
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def examples(study: Study, best: Headline | None, truths: Truths, build: bool) -
         build: a classifier's images, which only its host can find, may be asked for.
     """
     kind = best.metric.split("/")[0] if best else "bbox"
-    source = CLASSIFIED if kind == "accuracy" else PREDICTIONS
+    source = PREDICTIONS if kind == "accuracy" else DETECTIONS
     pair = _choose(study, best, source)
     if pair is None:
         return [
@@ -54,7 +54,7 @@ def examples(study: Study, best: Headline | None, truths: Truths, build: bool) -
     return [told, *_of_detectors(study, truth_of(pair.run, truths), pair.label, runs)]
 
 
-def _choose(study: Study, best: Headline | None, source: Path) -> _Pair | None:
+def _choose(study: Study, best: Headline | None, source: str) -> _Pair | None:
     if study.baseline is None:
         return None
     alone = _with_predictions(study.baseline, source)
@@ -69,9 +69,9 @@ def _choose(study: Study, best: Headline | None, source: Path) -> _Pair | None:
     return None
 
 
-def _with_predictions(group: Group, source: Path) -> list[Run]:
+def _with_predictions(group: Group, source: str) -> list[Run]:
     """Runs whose predictions were usable."""
-    return [run for run in group.counted if str(source) in run.sources.values()]
+    return [run for run in group.counted if source in run.sources.values()]
 
 
 def _of_detectors(study: Study, truth: Truth, label: str, runs: Mapping[str, Run]) -> list[Block]:
@@ -109,7 +109,7 @@ def _of_detectors(study: Study, truth: Truth, label: str, runs: Mapping[str, Run
 
 
 def _of_classifiers(study: Study, run: Run, runs: Mapping[str, Run], build: bool) -> list[Block]:
-    found = {name: read_answers(path) for name, r in runs.items() if (path := r.file(CLASSIFIED))}
+    found = {name: read_answers(path) for name, r in runs.items() if (path := r.file(PREDICTIONS))}
     if build:
         try:
             bench = open_plain(run)

@@ -8,8 +8,9 @@ from typing import Any
 
 from kd_det.report.blocks import Cell, Table, Tone, row
 from kd_det.report.groups import BASELINE, TEACHER, Group, Study
-from kd_det.report.runs import CLASSIFIED, PREDICTIONS, Run
+from kd_det.report.runs import Run
 from kd_det.report.stats import Gain, gain, recovered, spread
+from kd_det.run.folder import DETECTIONS, PREDICTIONS
 
 KINDS = {"bbox": "Boxes", "segm": "Masks", "accuracy": "Accuracy"}
 MAIN = {"bbox": "AP", "segm": "AP", "accuracy": "top1"}
@@ -147,7 +148,7 @@ def _tone(found: Gain | None) -> Tone:
 
 def _marked(group: Group, kind: str) -> bool:
     sources = [run.sources[kind] for run in group.counted if kind in run.sources]
-    return any(source not in (str(PREDICTIONS), str(CLASSIFIED)) for source in sources)
+    return any(source not in (DETECTIONS, PREDICTIONS) for source in sources)
 
 
 def _scores_note(study: Study, kind: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 
 import torch
 
@@ -35,3 +37,12 @@ def check_devices(device: str, num_gpus: int) -> None:
 def under_torchrun() -> bool:
     """Whether a launcher has already started this process as one of several."""
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) >= 1
+
+
+def peak_memory(device: torch.device | str) -> float:
+    """The largest memory in use so far, in MiB: of tensors on a GPU, else of this process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Bytes on macOS, elsewhere kibibytes.
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -1,4 +1,4 @@
-"""What every host checks about a run before it starts: its folder, its devices, its data root."""
+"""The files of a run folder by name, and what every host checks about a folder before a run."""
 
 from __future__ import annotations
 
@@ -11,16 +11,24 @@ from typing import Any
 from kd_det.core.errors import fail
 from kd_det.run.config import load_yaml
 
+CONFIG, RECORD, LOG = "config.yaml", "run.json", "log.txt"
+METRICS, RESULTS, SEED_RESULTS = "metrics.json", "results.json", "seeds.json"
+
+FINAL = "model_final.pth"
+# What a resumed run continues from: Lightning's checkpoint, and Detectron2's note of its last one.
+CHECKPOINT, LAST_CHECKPOINT = "last.ckpt", "last_checkpoint"
+PRE_STAGE, PRE_STAGE_CHECKPOINT, PRE_STAGE_FOLDER = "pre_stage.pth", "pre_stage.ckpt", "pre_stage"
+
+# Predictions of the last evaluation, of detectors and of classifiers.
+INFERENCE = "inference"
+DETECTIONS = f"{INFERENCE}/coco_instances_results.json"
+PREDICTIONS = f"{INFERENCE}/predictions.json"
+
+PREFLIGHT, PICTURES = "preflight", "visualize"
+
 # Files of which any one shows that a run has trained in a folder. Its config alone does not: a run
 # that was refused before its first iteration may be corrected and started again.
-_TRACES = (
-    "last_checkpoint",
-    "last.ckpt",
-    "model_final.pth",
-    "metrics.json",
-    "pre_stage.pth",
-)
-
+_TRACES = (LAST_CHECKPOINT, CHECKPOINT, FINAL, METRICS, PRE_STAGE)
 
 # What a checkpoint is made of. Anything else may be changed between two starts of a run.
 _LASTING = (
@@ -82,7 +90,7 @@ def check_same_run(output_dir: str | Path, cfg: Mapping[str, Any]) -> None:
     Raises:
         KDError: keys that a checkpoint depends on differ; the message lists them.
     """
-    path = Path(output_dir) / "config.yaml"
+    path = Path(output_dir) / CONFIG
     if not path.is_file():
         return
     then, now = _lasting(load_yaml(str(path))), _lasting(cfg)
@@ -132,6 +140,6 @@ def evaluated_weights(weights: str, output_dir: str | Path, candidates: Sequence
         fail(
             expected="weights to evaluate",
             received=f"no MODEL.WEIGHTS, and nothing in OUTPUT_DIR {output_dir}",
-            remedy="add MODEL.WEIGHTS path/to/model_final.pth",
+            remedy=f"add MODEL.WEIGHTS path/to/{FINAL}",
         )
     return weights or found[0]

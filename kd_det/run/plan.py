@@ -29,8 +29,8 @@ from typing import Any
 
 from kd_det.core.errors import check_known, fail
 from kd_det.run.config import literal, load_yaml
+from kd_det.run.folder import CONFIG, FINAL, RESULTS, SEED_RESULTS
 
-FINAL, RESULTS, SEED_RESULTS = "model_final.pth", "results.json", "seeds.json"
 CARRIED = ("student", "distiller")
 _PLANNED = ("OUTPUT_DIR", "STAGES", "SEEDS", "PREFLIGHT")
 _KEYS = ("NAME", "TERMS", "TASK", "CARRY", "OVERRIDES")
@@ -200,7 +200,7 @@ def _run_stages(host: Host, args: argparse.Namespace, output: Path, stages: Sequ
             results = _run(host, _with(args, opts), folder)
         before = folder
     assert before is not None
-    for name in (FINAL, RESULTS, "config.yaml"):
+    for name in (FINAL, RESULTS, CONFIG):
         if (before / name).is_file():
             shutil.copyfile(before / name, output / name)
     return results

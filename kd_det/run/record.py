@@ -27,10 +27,10 @@ from torch import nn
 import kd_det
 from kd_det.core.files import replace_text
 from kd_det.core.teacher import FrozenTeacher
+from kd_det.run.folder import RECORD
 
 logger = logging.getLogger(__name__)
 
-FILE = "run.json"
 RUNNING, DONE, FAILED = "running", "done", "failed"
 
 _PACKAGES = (
@@ -142,7 +142,7 @@ def recorded_run(
 
 def read_record(output_dir: str | Path) -> dict[str, Any] | None:
     """The content of a folder's ``run.json``; None where there is none that can be read."""
-    path = Path(output_dir) / FILE
+    path = Path(output_dir) / RECORD
     if not path.is_file():
         return None
     try:
@@ -169,7 +169,7 @@ def parameter_counts(
 
 
 def _write(folder: Path, record: Mapping[str, Any]) -> None:
-    replace_text(folder / FILE, json.dumps(record, indent=2) + "\n")
+    replace_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def _now() -> str:

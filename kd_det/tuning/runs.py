@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from kd_det.core.errors import KDError, fail, nearest
+from kd_det.run.folder import RESULTS
 from kd_det.tuning.space import as_text
 
 TRAIN_NET = Path(__file__).resolve().parents[2] / "tools" / "train_net.py"
-RESULTS, SCREEN = "results.json", "screen.txt"
+SCREEN = "screen.txt"
 _REFUSED = 2  # what train_net.py returns for a mistake in its input
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 10.0

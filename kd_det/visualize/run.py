@@ -16,6 +16,7 @@ from kd_det.core.errors import fail
 from kd_det.core.files import writable_folder
 from kd_det.hosts.base import load_config
 from kd_det.run.config import read_terms
+from kd_det.run.folder import PICTURES
 from kd_det.visualize.draw import draw
 from kd_det.visualize.pixels import read_pictures
 from kd_det.visualize.subject import find_subject
@@ -59,7 +60,7 @@ def visualize(
     cfg = load_config(config_file, overrides)
     _check_terms(cfg)
     pictures = read_pictures(images)
-    folder = _writable(output or Path(cfg.OUTPUT_DIR) / "visualize")
+    folder = _writable(output or Path(cfg.OUTPUT_DIR) / PICTURES)
     workbench = open_workbench(cfg, weights)
     if workbench.distiller is None:
         fail(

@@ -11,6 +11,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from kd_det.preflight import steps
 from kd_det.preflight.context import Settings
 from kd_det.preflight.findings import Section
 from kd_det.preflight.steps import Step, Steps, TermValues, _Watch
@@ -124,7 +125,7 @@ def test_the_peak_is_that_of_forward_or_backward_but_not_of_measuring(monkeypatc
         return {"soft": out.sum()}
 
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 0))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
+    monkeypatch.setattr(steps, "peak_memory", lambda device: peak[0] / 2**20)
     monkeypatch.setattr(looked, "_hooks", lambda watches: nullcontext())
     monkeypatch.setattr(looked, "_measure", lambda found: (rise(900), ({}, {}, 0.0))[1])
     looked.bench.model, looked.bench.losses = looked.bench.student, losses

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from fvcore.common.config import CfgNode
 
 from kd_det.bench.workbench import Workbench, open_workbench
+from kd_det.run.folder import CONFIG, FINAL, LOG, RESULTS
 
 Progress = Callable[[str, int, int], None]
 Results = dict[str, dict[str, float]]
@@ -37,7 +38,7 @@ class Host(Protocol):
 
 def finished(output: Path) -> Results | None:
     """Results of a run that is done; None if it must be run or continued."""
-    path = output / "results.json"
+    path = output / RESULTS
     return json.loads(path.read_text()) if path.is_file() else None
 
 
@@ -71,14 +72,14 @@ class TorchvisionHost:
         from kd_det.hosts.torchvision_detection.train import run
 
         cfg = load_config(str(config), [*opts, "OUTPUT_DIR", str(output)])
-        with log_to(output / "log.txt", "lightning", "lightning.pytorch"):
+        with log_to(output / LOG, "lightning", "lightning.pytorch"):
             return run(cfg, resume=True, progress=progress)
 
     def load(self, output: Path) -> Workbench:
         """See :class:`Host`."""
         from kd_det.hosts.torchvision_detection.config import load_config
 
-        return _open(load_config(str(output / "config.yaml")), output)
+        return _open(load_config(str(output / CONFIG)), output)
 
 
 class Detectron2Host:
@@ -98,22 +99,22 @@ class Detectron2Host:
                 progress("train", self.trainer.iter + 1, self.trainer.max_iter)
 
         cfg = load_cfg(str(config), [*opts, "OUTPUT_DIR", str(output)])
-        with log_to(output / "log.txt", "detectron2", "fvcore"):
-            (output / "config.yaml").write_text(cfg.dump())
+        with log_to(output / LOG, "detectron2", "fvcore"):
+            (output / CONFIG).write_text(cfg.dump())
             seed_all_rng(cfg.SEED if cfg.SEED >= 0 else None)
             results: dict[str, Any] = run(cfg, resume=True, extra_hooks=[Report()])
-        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        (output / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
         return results
 
     def load(self, output: Path) -> Workbench:
         """See :class:`Host`."""
         from kd_det.hosts.detectron2.train import load_cfg
 
-        return _open(load_cfg(str(output / "config.yaml")), output)
+        return _open(load_cfg(str(output / CONFIG)), output)
 
 
 def _open(cfg: CfgNode, output: Path) -> Workbench:
-    return open_workbench(cfg, str(output / "model_final.pth"), distilled=False)
+    return open_workbench(cfg, str(output / FINAL), distilled=False)
 
 
 HOSTS: dict[str, type[Host]] = {

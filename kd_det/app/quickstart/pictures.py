@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from kd_det.run.folder import METRICS
 from kd_det.run.json_lines import read_json_lines
 
 
@@ -31,7 +32,7 @@ def draw_curves(runs: Mapping[str, Path], teacher_ap: float, path: Path) -> None
     """
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for (label, output), colour in zip(runs.items(), ("tab:gray", "tab:blue"), strict=False):
-        x, y = read_curve(output / "metrics.json", "bbox/AP")
+        x, y = read_curve(output / METRICS, "bbox/AP")
         axes.plot(x, y, marker="o", label=label, color=colour)
         axes.annotate(f"{y[-1]:.1f}", (x[-1], y[-1]), xytext=(6, -3), textcoords="offset points")
     axes.axhline(teacher_ap, linestyle="--", color="tab:green", label=f"teacher ({teacher_ap:.1f})")

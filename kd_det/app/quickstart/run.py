@@ -32,6 +32,7 @@ from kd_det.bench.workbench import Detections, Workbench, parameters
 from kd_det.data.catalogue import data_root
 from kd_det.data.digits.detection import DigitsSpec, write_digits
 from kd_det.document.detections import draw_detections
+from kd_det.run.folder import FINAL
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 _TIMED_IMAGES = 30
@@ -143,7 +144,7 @@ def _train(
     folder = CONFIGS / host.configs
     overrides = [
         *("KD.TEACHER.CONFIG_FILE", str(folder / TEACHER.config)),
-        *("KD.TEACHER.WEIGHTS", str(teacher / "model_final.pth")),
+        *("KD.TEACHER.WEIGHTS", str(teacher / FINAL)),
         *(_TEACHER_SCHEDULE if phase is TEACHER else _STUDENT_SCHEDULE),
         *opts,
     ]

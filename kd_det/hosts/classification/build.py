@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kd_det.balance import build_balance
+from kd_det.bench.looks import evaluating
 from kd_det.core.checkpoint import SUFFIXES, load_distiller, load_student
 from kd_det.core.errors import fail
 from kd_det.hosts.classification.checkpoints import own_names
@@ -115,11 +116,9 @@ def flops_ratio(model: DistilledClassifier, size: int) -> float:
     example = torch.zeros(1, len(model.statistics.mean), size, size)
     example = example.to(next(model.parameters()).device)
     model.teacher.follow(example)
-    mode = model.student.training
     counts = []
-    for net in (model.teacher, model.student.eval()):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    for net in (model.teacher.model, model.student):
+        with evaluating(net), FlopCounterMode(display=False) as counter:
             net(example)
         counts.append(counter.get_total_flops())
-    model.student.train(mode)
     return counts[0] / counts[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from kd_det.balance.clip import add_clipped_gradients, clip_factor, transfer_gradients
+from kd_det.bench.looks import modes_kept
 from kd_det.core.numerics import full_precision, logit_entropy
 from kd_det.hosts.classification.build import flops_ratio
 from kd_det.hosts.classification.data import ClassificationData
@@ -19,13 +21,13 @@ from kd_det.hosts.classification.loaders import evaluation_loader, train_loader
 from kd_det.hosts.classification.model import DistilledClassifier
 from kd_det.hosts.lightning.module import DistillationModule, Results
 from kd_det.hosts.lightning.optim import build_sgd
-from kd_det.hosts.lightning.predictions import gather_objects, write_predictions
+from kd_det.hosts.lightning.predictions import write_predictions
 from kd_det.procedures.kcd.condensation import Condensation
 from kd_det.procedures.unix import MixedBatch, UnixMixup, unix_cost
+from kd_det.run.folder import PREDICTIONS
 
 logger = logging.getLogger(__name__)
 
-PREDICTIONS = "inference/predictions.json"
 _TOP_K = (1, 5)
 
 
@@ -195,16 +197,11 @@ class LitClassifier(DistillationModule):
         best, epoch = self._best
         self.results = {"accuracy": {**found, "top1_best": best, "best_epoch": float(epoch)}}
         self.evaluated_at = self.global_step
-        everything = [entry for part in gather_objects(self._predictions) for entry in part]
-        everything.sort(key=lambda entry: entry["index"])
-        write_predictions(Path(self.cfg.OUTPUT_DIR) / PREDICTIONS, everything)
+        path = Path(self.cfg.OUTPUT_DIR) / PREDICTIONS
+        write_predictions(path, self._predictions, itemgetter("index"))
 
 
 def score(model: nn.Module, images: Tensor, training: bool) -> Tensor:
     """Logits ``[N, K]`` without a gradient, with the statistics of the batch or the stored ones."""
-    mode = model.training
-    with torch.no_grad():
-        try:
-            return model.train(training)(images)
-        finally:
-            model.train(mode)
+    with modes_kept(model), torch.no_grad():
+        return model.train(training)(images)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kd_det.balance import Balance
+from kd_det.bench.looks import evaluating
 from kd_det.core.checkpoint import name_keys_as_student
 from kd_det.core.class_map import ClassMap, map_logits
 from kd_det.core.distiller import Distiller, tap_specs
@@ -215,15 +216,9 @@ class DistilledClassifier(nn.Module):
         self, images: Tensor, booster: Booster | None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Both sides' taps of an example; no statistics change."""
-        modes = [(module, module.training) for module in self.modules()]
-        if booster is not None:
-            modes += [(module, module.training) for module in booster.modules()]
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad():
+        # The booster is no submodule yet.
+        with evaluating(self), evaluating(booster or self):
             _, student, teacher, _ = self._record(images, images, booster)
-        for module, mode in modes:
-            module.training = mode
         return student, teacher
 
 

@@ -39,8 +39,7 @@ from kd_det.procedures.pre_stage import (
     teacher_fingerprint,
 )
 from kd_det.run.curves import CurveTag
-
-FILE, FOLDER = "pre_stage.pth", "pre_stage"
+from kd_det.run.folder import PRE_STAGE, PRE_STAGE_FOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +64,7 @@ def prepare_pre_stage(
     """
     cfg, student = trainer.cfg, unwrap(trainer.model)
     needed = pre_stage_losses(trainer.distiller) if trainer.distiller is not None else {}
-    given, path = cfg.KD.PRE_STAGE.WEIGHTS, Path(cfg.OUTPUT_DIR) / FILE
+    given, path = cfg.KD.PRE_STAGE.WEIGHTS, Path(cfg.OUTPUT_DIR) / PRE_STAGE
     if given and cfg.KD.ENABLED and not needed:
         fail(
             expected="KD.PRE_STAGE.WEIGHTS only with a term that has a pre-stage, such as MHGD",
@@ -119,7 +118,7 @@ def _train(
     optimizer = model.optimizer(node.BASE_LR, node.MOMENTUM, node.NESTEROV, node.WEIGHT_DECAY)
     loader = build_detection_train_loader(cfg, dataset=images)
     trainer = SimpleTrainer(wrapped, loader, optimizer)
-    folder = Path(cfg.OUTPUT_DIR) / FOLDER
+    folder = Path(cfg.OUTPUT_DIR) / PRE_STAGE_FOLDER
     checkpointer = Checkpointer(wrapped, str(folder), trainer=trainer)
     own: list[hooks.HookBase] = [hooks.IterationTimer()]
     tag = CurveTag(tuple(losses))

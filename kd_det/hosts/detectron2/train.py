@@ -35,7 +35,7 @@ from kd_det.hosts.detectron2.trainer import Trainer, unwrap
 from kd_det.hosts.lightning.loggers import check_loggers
 from kd_det.run.config import merge_config, read_terms
 from kd_det.run.devices import check_devices, under_torchrun
-from kd_det.run.folder import check_output_dir, check_same_run
+from kd_det.run.folder import LAST_CHECKPOINT, RESULTS, check_output_dir, check_same_run
 from kd_det.run.record import parameter_counts, recorded_run
 
 __all__ = ["Trainer", "check_run", "load_cfg", "main", "run"]
@@ -64,7 +64,7 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     if args.eval_only:
         return
     check_output_dir(cfg.OUTPUT_DIR, args.resume)
-    if (Path(cfg.OUTPUT_DIR) / "last_checkpoint").is_file():
+    if (Path(cfg.OUTPUT_DIR) / LAST_CHECKPOINT).is_file():
         check_same_run(cfg.OUTPUT_DIR, cfg)
     check_loggers(cfg)
     if cfg.KD.ENABLED and cfg.MODEL.META_ARCHITECTURE.startswith("Distilled"):
@@ -128,7 +128,7 @@ def _train(
             verify_results(cfg, results)
             if results:
                 # What stages and seeds read: processes of their own return nothing.
-                path = Path(cfg.OUTPUT_DIR) / "results.json"
+                path = Path(cfg.OUTPUT_DIR) / RESULTS
                 replace_text(path, json.dumps(results, indent=2) + "\n")
     return results
 

@@ -29,6 +29,7 @@ from kd_det.hosts.detectron2.writers import RecordMetrics, build_writers
 from kd_det.hosts.lightning.loggers import build_loggers
 from kd_det.run.config import is_condensed
 from kd_det.run.curves import CurveTag
+from kd_det.run.folder import INFERENCE
 
 
 class Trainer(DefaultTrainer):
@@ -122,7 +123,7 @@ class Trainer(DefaultTrainer):
                 remedy="register it through DATASETS.COCO_JSON",
             )
         several = [dataset_name] if len(cfg.DATASETS.TEST) > 1 else []
-        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", *several)
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, INFERENCE, *several)
         return COCOEvaluator(dataset_name, output_dir=folder)
 
 

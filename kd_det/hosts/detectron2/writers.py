@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from kd_det.core.distiller import Distiller
-from kd_det.hosts.lightning.hardware import peak_memory
 from kd_det.run.curves import CurveTag
+from kd_det.run.devices import peak_memory
+from kd_det.run.folder import METRICS
 from kd_det.run.json_lines import end_last_line
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def build_writers(
         tag: of its scalars.
         loggers: see :func:`kd_det.hosts.lightning.loggers.build_loggers`.
     """
-    end_last_line(os.path.join(output_dir, "metrics.json"))
+    end_last_line(os.path.join(output_dir, METRICS))
     stock = [
         TaggedWriter(output_dir, tag) if isinstance(writer, TensorboardXWriter) else writer
         for writer in default_writers(output_dir, max_iter)

@@ -17,8 +17,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from kd_det.core.files import replace_text
 from kd_det.hosts.lightning.hardware import announce_rendezvous
 from kd_det.hosts.lightning.module import DistillationModule, Results
-from kd_det.hosts.lightning.run import CONFIG, FINAL, LOG, RESULTS, Run
+from kd_det.hosts.lightning.run import Run
 from kd_det.hosts.lightning.trainer import run_loggers
+from kd_det.run.folder import CONFIG, FINAL, LOG, RESULTS
 from kd_det.run.record import parameter_counts, recorded_run
 
 logger = logging.getLogger(__name__)

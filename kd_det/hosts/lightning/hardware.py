@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import resource
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from fvcore.common.config import CfgNode
 
 from kd_det.run.devices import check_devices
@@ -67,15 +64,6 @@ def computes_in_bfloat16() -> bool:
     if flag.is_file():
         return "avx512_bf16" in (text := flag.read_text()) or " bf16" in text
     return False
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory in use so far, in MB: the GPU's by tensors, else that of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Bytes on macOS, elsewhere kilobytes.
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def common_seed() -> int:

@@ -12,8 +12,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import Profiler
 
-from kd_det.hosts.lightning.hardware import peak_memory
 from kd_det.run.curves import GROUPS, CurveTag
+from kd_det.run.devices import peak_memory
 from kd_det.run.json_lines import end_last_line
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class MetricsWriter(Callback):
 
     Beside the losses a line has ``lr``; ``time``, the seconds of an iteration; ``data_time``, those
     of them that went into waiting for data; and ``max_mem``, see
-    :func:`kd_det.hosts.lightning.hardware.peak_memory`. The trainer's loggers get the same numbers,
+    :func:`kd_det.run.devices.peak_memory`. The trainer's loggers get the same numbers,
     each under the tag of its curve.
 
     Args:

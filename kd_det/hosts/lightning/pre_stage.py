@@ -30,10 +30,10 @@ from kd_det.procedures.pre_stage import (
     save_pre_stage,
     teacher_fingerprint,
 )
+from kd_det.run.folder import PRE_STAGE, PRE_STAGE_CHECKPOINT
 
 logger = logging.getLogger(__name__)
 
-FILE, CHECKPOINT = "pre_stage.pth", "pre_stage.ckpt"
 _LOG_PERIOD = 20
 
 # A batch to the teacher's tensors by tap name, without gradients.
@@ -101,7 +101,7 @@ def prepare_pre_stage(
     losses = {name: x for name, x in pre_stage_losses(distiller).items() if not x[0].is_ready}
     if not losses:
         return
-    path = Path(cfg.OUTPUT_DIR) / FILE
+    path = Path(cfg.OUTPUT_DIR) / PRE_STAGE
     fingerprint = teacher_fingerprint(teacher)
     if path.is_file():
         if not resume:
@@ -126,7 +126,7 @@ def prepare_pre_stage(
     train_pre_stage(model, captures, loader, iterations, node, trainer, seed, resume)
     if trainer.is_global_zero:
         save_pre_stage(path, losses, fingerprint)
-        path.with_name(CHECKPOINT).unlink(missing_ok=True)
+        path.with_name(PRE_STAGE_CHECKPOINT).unlink(missing_ok=True)
     trainer.strategy.barrier()
 
 
@@ -156,7 +156,7 @@ def train_pre_stage(
         FloatingPointError: a loss that is not finite.
     """
     pl.seed_everything(seed + trainer.global_rank, verbose=False)
-    checkpoint = Path(trainer.default_root_dir) / CHECKPOINT
+    checkpoint = Path(trainer.default_root_dir) / PRE_STAGE_CHECKPOINT
     resumed = resume and checkpoint.is_file()
     lit = _LitPreStage(model, captures, loader, iterations, node)
     trainer.fit(lit, ckpt_path=str(checkpoint) if resumed else None)
@@ -204,7 +204,7 @@ def _trainer(
 ) -> pl.Trainer:
     saver = ModelCheckpoint(
         cfg.OUTPUT_DIR,
-        filename=Path(CHECKPOINT).stem,
+        filename=Path(PRE_STAGE_CHECKPOINT).stem,
         every_n_train_steps=max(1, cfg.SOLVER.CHECKPOINT_PERIOD),
         enable_version_counter=False,
     )

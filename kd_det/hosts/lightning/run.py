@@ -13,11 +13,15 @@ from fvcore.common.config import CfgNode
 from kd_det.hosts.lightning.hardware import common_seed, hardware_arguments, quiet
 from kd_det.hosts.lightning.log import RunLog
 from kd_det.hosts.lightning.loggers import check_loggers
-from kd_det.run.folder import check_output_dir, check_same_run, check_writable, evaluated_weights
+from kd_det.run.folder import (
+    CHECKPOINT,
+    FINAL,
+    check_output_dir,
+    check_same_run,
+    check_writable,
+    evaluated_weights,
+)
 from kd_det.run.plan import check_single_run
-
-CHECKPOINT, FINAL = "last.ckpt", "model_final.pth"
-CONFIG, RESULTS, LOG = "config.yaml", "results.json", "log.txt"
 
 
 @dataclass(frozen=True)

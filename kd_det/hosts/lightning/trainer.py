@@ -16,6 +16,7 @@ from kd_det.hosts.lightning.loggers import build_loggers
 from kd_det.hosts.lightning.metrics import LOG_PERIOD, DataClock, MetricsWriter
 from kd_det.hosts.lightning.run import Run
 from kd_det.run.curves import CurveTag
+from kd_det.run.folder import METRICS
 
 
 def build_trainer(
@@ -39,7 +40,7 @@ def build_trainer(
     own: list[pl.Callback] = []
     if not run.eval_only:
         own = [
-            MetricsWriter(run.output / "metrics.json", tag, clock),
+            MetricsWriter(run.output / METRICS, tag, clock),
             ModelCheckpoint(
                 run.output,
                 filename=run.checkpoint.stem,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +13,10 @@ from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_convert
 
-from kd_det.hosts.lightning.predictions import gather_objects, write_predictions
+from kd_det.core.distributed import gather_objects
+from kd_det.hosts.lightning.predictions import write_predictions
+from kd_det.run.folder import DETECTIONS
 
-DETECTIONS = "inference/coco_instances_results.json"
 _MASK_THRESHOLD = 0.5
 # pycocotools' own, which torchmetrics has in float32: a recall of exactly 0.3 is below those.
 _IOUS, _RECALLS = np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)
@@ -115,11 +117,8 @@ class DetectionFile:
 
     def write(self, output_dir: str | Path) -> None:
         """Write what all processes have collected, by image; every process must call it."""
-        everything = [entry for part in gather_objects(self._found) for entry in part]
-        # A stable order: detections of an image stay as the detector ranked them.
-        write_predictions(
-            Path(output_dir) / DETECTIONS, sorted(everything, key=lambda e: e["image_id"])
-        )
+        # Detections of one image stay in the detector's order.
+        write_predictions(Path(output_dir) / DETECTIONS, self._found, itemgetter("image_id"))
 
 
 def prepared(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

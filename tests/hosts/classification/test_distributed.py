@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from kd_det.hosts.classification.data import ClassificationData
-from kd_det.hosts.classification.lit import PREDICTIONS
+from kd_det.run.folder import PREDICTIONS
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -9,8 +9,8 @@ import pytest
 from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from kd_det.hosts.classification.lit import PREDICTIONS
 from kd_det.hosts.classification.train import run
+from kd_det.run.folder import PREDICTIONS
 from kd_det.run.record import read_record
 from tests.hosts.classification.test_train import SOFT, Stop
 from tests.hosts.run_folder import FILES

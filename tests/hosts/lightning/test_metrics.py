@@ -11,10 +11,11 @@ import pytest
 import torch
 from lightning.pytorch.loggers.logger import Logger
 
-from kd_det.hosts.lightning.hardware import peak_memory, quiet
+from kd_det.hosts.lightning.hardware import quiet
 from kd_det.hosts.lightning.metrics import DataClock, MetricsWriter
 from kd_det.hosts.lightning.module import DistillationModule, check_finite
 from kd_det.run.curves import CurveTag
+from kd_det.run.devices import peak_memory
 
 
 class Kept(Logger):

@@ -16,13 +16,13 @@ from pycocotools.cocoeval import COCOeval
 from kd_det.data.digits.detection import DigitsSpec, write_digits
 from kd_det.hosts.torchvision_detection.data import CocoDataset
 from kd_det.hosts.torchvision_detection.evaluation import (
-    DETECTIONS,
     COCOMetric,
     DetectionFile,
     prepared,
 )
 from kd_det.hosts.torchvision_detection.lit import set_input_sizes
 from kd_det.hosts.torchvision_detection.train import build_training_model, run
+from kd_det.run.folder import DETECTIONS
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
