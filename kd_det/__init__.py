@@ -4,7 +4,6 @@ The core needs torch and fvcore only; everything that knows a framework is in
 :mod:`kd_det.hosts` and is imported on demand.
 """
 
-import kd_det.core.schedules
 import kd_det.losses  # noqa: F401  (fills the registry)
 from kd_det.core.distiller import Distiller, tap_specs
 from kd_det.core.errors import KDError

@@ -52,11 +52,11 @@ class GradientShare(MeasuredBalance):
         super().__init__(terms, period)
         check_shares(chosen)
         for name in chosen:
-            check_known("term in KD.BALANCE.SHARES", name, self.configured)
-            if self.configured[name] <= 0:
+            check_known("term in KD.BALANCE.SHARES", name, self.terms)
+            if self.terms[name].weight <= 0:
                 fail(
                     expected=f"a WEIGHT above 0 for term '{name}', which has a share",
-                    received=f"{self.configured[name]:g}",
+                    received=f"{self.terms[name].weight:g}",
                     remedy=f"set KD.TERMS.{name}.WEIGHT 1, or drop it from KD.BALANCE.SHARES",
                 )
         self.chosen = {name: float(share) for name, share in chosen.items()}
@@ -68,13 +68,13 @@ class GradientShare(MeasuredBalance):
         self.weights: Tensor
         self.register_buffer("level", torch.zeros(1 + len(terms)))
         self.register_buffer("mass", torch.zeros(1 + len(terms)))
-        self.register_buffer("weights", torch.tensor([*self.configured.values()]))
+        self.register_buffer("weights", torch.tensor([term.weight for term in terms]))
 
-    def weight(self, name: str, factor: float) -> float | Tensor:
+    def weight(self, term: Term, factor: float) -> float | Tensor:
         """The adapted weight of a chosen term, the configured one of another."""
-        if name not in self.chosen:
-            return super().weight(name, factor)
-        return self.weights[self.place[name]] * factor
+        if term.name not in self.chosen:
+            return super().weight(term, factor)
+        return self.weights[self.place[term.name]] * factor
 
     def update(self, norms: Tensor, losses: Tensor, factors: Mapping[str, float]) -> None:
         """Smooth the norms and solve for the weights."""
@@ -86,9 +86,9 @@ class GradientShare(MeasuredBalance):
         known = self.mass > 0
         smooth = torch.where(known, (self.level / self.mass.clamp(min=1e-9)).exp(), 0.0)
         rest = smooth[0].clone()
-        for name, place in self.place.items():
+        for name, term in self.terms.items():
             if name not in self.chosen:
-                rest += smooth[1 + place] * abs(self.configured[name] * factors[name])
+                rest += smooth[1 + self.place[name]] * abs(term.weight * factors[name])
         free = 1 - sum(self.chosen.values())
         for name, share in self.chosen.items():
             place = self.place[name]

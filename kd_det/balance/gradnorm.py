@@ -44,7 +44,7 @@ class GradNorm(MeasuredBalance):
         self, terms: Sequence[Term], period: int = 10, alpha: float = 1.5, lr: float = 0.025
     ) -> None:
         super().__init__(terms, period)
-        check_signs(self.configured, "gradnorm")
+        check_signs(terms, "gradnorm")
         for key, value in (("ALPHA", alpha), ("LR", lr)):
             if not (math.isfinite(value) and value >= 0):
                 fail(
@@ -60,14 +60,14 @@ class GradNorm(MeasuredBalance):
         self.register_buffer("log_weights", torch.zeros(len(terms)))
         self.register_buffer("first", torch.zeros(1 + len(terms)))
 
-    def weight(self, name: str, factor: float) -> float | Tensor:
+    def weight(self, term: Term, factor: float) -> float | Tensor:
         """The learned weight."""
-        return self.log_weights[self.place[name]].exp() * self.configured[name] * factor
+        return self.log_weights[self.place[term.name]].exp() * term.weight * factor
 
     def update(self, norms: Tensor, losses: Tensor, factors: Mapping[str, float]) -> None:
         """One step of the weights."""
         losses = mean_over_ranks(losses)
-        configured = norms.new_tensor([1.0, *self.configured.values()])
+        configured = norms.new_tensor([1.0, *(term.weight for term in self.terms.values())])
         learned = torch.cat([self.log_weights.new_zeros(1), self.log_weights]).exp()
         norms = norms * configured * learned
         usable = torch.isfinite(norms) & (norms > 0) & torch.isfinite(losses) & (losses > 0)

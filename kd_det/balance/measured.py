@@ -32,11 +32,12 @@ class MeasuredBalance(Balance):
     """
 
     def __init__(self, terms: Sequence[Term], period: int = 10) -> None:
-        super().__init__(terms)
+        super().__init__()
         self.period = period
+        self.terms = {term.name: term for term in terms}
         self.place = {term.name: i for i, term in enumerate(terms)}
         self._measurements = 0
-        self._unmeasured = {name for name, weight in self.configured.items() if weight}
+        self._unmeasured = {term.name for term in terms if term.weight}
         for term in terms:
             if term.name == TASK:
                 fail(
@@ -80,7 +81,7 @@ class MeasuredBalance(Balance):
         with torch.no_grad():
             values = torch.stack([loss.detach().double() for loss in losses.values()])
             self.update(torch.stack(list(report.norms.values())), values, factors)
-            weights = {name: self.weight(name, factors[name]) for name in raw}
+            weights = {n: self.weight(term, factors[n]) for n, term in self.terms.items()}
             found = shares(report, weights)
         # Under a gradient scaler a step may overflow; it is skipped, and there is nothing to say.
         return found if all(torch.isfinite(share) for share in found.values()) else {}
@@ -103,14 +104,14 @@ class MeasuredBalance(Balance):
         precision, or as much smaller, and vanish.
         """
         scales: dict[str, float | Tensor] = {TASK: 1.0}
-        scales |= {name: self._scale(name) for name in losses if name != TASK}
+        scales |= {name: self._scale(term) for name, term in self.terms.items()}
         report = gradient_norms({n: loss * scales[n] for n, loss in losses.items()}, shared)
         norms = {name: (norm / scales[name]).abs() for name, norm in report.norms.items()}
         return GradientReport(norms, report.cosines)
 
-    def _scale(self, name: str) -> float | Tensor:
+    def _scale(self, term: Term) -> float | Tensor:
         """The weight of a term at full schedule; 1 where that is 0, which nothing divides by."""
-        weight = self.weight(name, 1.0)
+        weight = self.weight(term, 1.0)
         if isinstance(weight, Tensor):
             weight = weight.detach()
             return torch.where(weight == 0, torch.ones_like(weight), weight)
@@ -134,18 +135,18 @@ class MeasuredBalance(Balance):
                 )
 
 
-def check_signs(weights: Mapping[str, float], scheme: str) -> None:
+def check_signs(terms: Sequence[Term], scheme: str) -> None:
     """Refuse negative weights, for schemes that learn a positive factor.
 
     Raises:
         KDError: naming the first of them.
     """
-    for name, weight in weights.items():
-        if weight < 0:
+    for term in terms:
+        if term.weight < 0:
             fail(
                 expected=f"no negative weights with KD.BALANCE.NAME {scheme}",
-                received=f"KD.TERMS.{name}.WEIGHT {weight:g}",
-                remedy=f"give a positive WEIGHT, or 0 to leave '{name}' off",
+                received=f"KD.TERMS.{term.name}.WEIGHT {term.weight:g}",
+                remedy=f"give a positive WEIGHT, or 0 to leave '{term.name}' off",
             )
 
 

@@ -33,17 +33,17 @@ class Uncertainty(MeasuredBalance):
 
     def __init__(self, terms: Sequence[Term], period: int = 10) -> None:
         super().__init__(terms, period)
-        check_signs(self.configured, "uncertainty")
+        check_signs(terms, "uncertainty")
         self.log_variances = nn.Parameter(torch.zeros(len(terms)))
 
-    def weight(self, name: str, factor: float) -> float | Tensor:
+    def weight(self, term: Term, factor: float) -> float | Tensor:
         """The learned weight."""
-        precision = torch.exp(-self.log_variances[self.place[name]].detach())
-        return precision * self.configured[name] * factor
+        precision = torch.exp(-self.log_variances[self.place[term.name]].detach())
+        return precision * term.weight * factor
 
-    def weigh(self, name: str, raw: Tensor, factor: float) -> Tensor:
+    def weigh(self, term: Term, raw: Tensor, factor: float) -> Tensor:
         """The weighted loss with the penalty of its log variance."""
-        log_variance = self.log_variances[self.place[name]]
-        precision = torch.exp(-log_variance) * self.configured[name]
+        log_variance = self.log_variances[self.place[term.name]]
+        precision = torch.exp(-log_variance) * term.weight
         penalty = torch.where(raw.detach() != 0, log_variance, log_variance.detach())
         return (raw * precision + penalty) * factor

@@ -1,4 +1,4 @@
-"""What a balance is: the weights of the terms, and what may adapt them to the run."""
+"""What a balance is: it may adapt the weights of the terms to the run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,10 @@ from kd_det.core.terms import Term
 
 
 class Balance(nn.Module):
-    """Constant weights, and what every scheme has.
+    """The weights of the terms as they are configured; a scheme overrides what it adapts.
 
-    Args:
-        terms: the terms of the run.
+    In all methods ``factor`` is the value of a term's schedule in the current step.
     """
-
-    def __init__(self, terms: Sequence[Term]) -> None:
-        super().__init__()
-        self.configured = {term.name: term.weight for term in terms}
 
     def observe(
         self,
@@ -28,27 +23,25 @@ class Balance(nn.Module):
         shared: Sequence[nn.Parameter] | None,
         step: int,
     ) -> dict[str, Tensor]:
-        """Look at one training step before its terms are weighted.
-
-        Every process calls it in every step.
+        """Called in every training step, on every process, before the terms are weighted.
 
         Args:
-            raw: unweighted losses by term name, in the graph.
-            factors: what each term's schedule says in this step.
+            raw: unweighted scalar losses by term name, in the graph.
+            factors: by term name.
             task: the student's own losses by name.
             shared: parameters to compare gradients on.
             step: counts training steps from 0.
 
         Returns:
-            The shares of ``"task"`` and of each term, with the weights of this step; nothing in
+            The shares of ``"task"`` and of each term, with the weights of this step; empty in
             steps without a measurement.
         """
         return {}
 
-    def weight(self, name: str, factor: float) -> float | Tensor:
+    def weight(self, term: Term, factor: float) -> float | Tensor:
         """All that the loss of a term is multiplied by, without a graph."""
-        return self.configured[name] * factor
+        return term.weight * factor
 
-    def weigh(self, name: str, raw: Tensor, factor: float) -> Tensor:
-        """The loss of a term as it is trained."""
-        return raw * self.weight(name, factor)
+    def weigh(self, term: Term, raw: Tensor, factor: float) -> Tensor:
+        """The loss of a term as it is trained: ``raw * weight(term, factor)``."""
+        return raw * self.weight(term, factor)

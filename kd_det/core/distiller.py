@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from kd_det.core.errors import check_known, fail
 from kd_det.core.loss import DistillLoss, TapSpec
 from kd_det.core.numerics import zero_in_graph
 from kd_det.core.registry import LOSSES
-from kd_det.core.terms import Term, build_schedule, parse_terms
+from kd_det.core.terms import Term, parse_terms
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +65,11 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         self.specs = list(parse_terms(terms) if isinstance(terms, Mapping) else terms)
-        self.terms = nn.ModuleDict()
-        self.schedules = {}
-        for term in self.specs:
-            self.terms[term.name] = build_loss(term, student_specs, teacher_specs, context)
-            self.schedules[term.name] = build_schedule(f"term '{term.name}'", term.schedule)
-        self.balance = Balance(self.specs) if balance is None else balance
+        self.terms = nn.ModuleDict(
+            {t.name: build_loss(t, student_specs, teacher_specs, context) for t in self.specs}
+        )
+        self.balance = Balance() if balance is None else balance
+        self._schedules_apply = True
         self.metrics: dict[str, Tensor] = {}
         # On the device for the checkpoint, as an int for the schedules: reading it back from a
         # GPU in every step would make the host wait.
@@ -125,26 +125,40 @@ class Distiller(nn.Module):
         task: Mapping[str, Tensor] | None,
         shared: Sequence[nn.Parameter] | None,
     ) -> dict[str, Tensor]:
-        factors = {name: schedule(self._step) for name, schedule in self.schedules.items()}
-        measured = {}
+        factors = {
+            term.name: term.schedule(self._step) if self._schedules_apply else 1.0
+            for term in self.specs
+        }
+        shares = {}
         if self.training and torch.is_grad_enabled():
-            measured = self.balance.observe(raw, factors, task, shared, self._step)
-        self.metrics = {f"share/{name}": share for name, share in measured.items()}
+            shares = self.balance.observe(raw, factors, task, shared, self._step)
+        self.metrics = {f"share/{name}": share for name, share in shares.items()}
         losses = {}
-        for name, factor in factors.items():
-            weight = self.balance.weight(name, factor)
-            if self.balance.configured[name] * factor:
-                losses[name] = self.balance.weigh(name, raw[name], factor)
-                self._note(name, raw[name])
+        for term in self.specs:
+            name, loss, factor = term.name, raw[term.name], factors[term.name]
+            if term.weight and factor:
+                losses[name] = self.balance.weigh(term, loss, factor)
+                self._note(name, loss)
+                weight = self.balance.weight(term, factor)
             else:
                 # It must not let a non-finite loss or gradient through: 0 * inf is nan.
                 losses[name] = zero_in_graph([*inputs[name], *self.balance.parameters()])
                 self._note(name, losses[name])
+                weight = 0.0
             if not isinstance(weight, Tensor):
                 # Filled in on the device: copying a number there would make the host wait.
-                weight = torch.full_like(raw[name].detach(), weight)
-            self.metrics |= {f"raw/{name}": raw[name].detach(), f"weight/{name}": weight}
+                weight = torch.full_like(loss.detach(), weight)
+            self.metrics |= {f"raw/{name}": loss.detach(), f"weight/{name}": weight}
         return losses
+
+    @contextmanager
+    def full_weights(self) -> Iterator[None]:
+        """Every schedule's factor is 1 inside, to measure terms that a schedule starts later."""
+        self._schedules_apply = False
+        try:
+            yield
+        finally:
+            self._schedules_apply = True
 
     def report_silent(self) -> list[str]:
         """Warn about, and return, terms that were zero in every step since the last report."""

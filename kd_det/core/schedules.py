@@ -1,13 +1,14 @@
 """How the weight of a term changes over training steps; not learning rates.
 
-A schedule is a callable ``factor(step) -> float`` that multiplies the term's ``WEIGHT``.
-``step`` counts training forwards from 0.
+A schedule is a callable ``factor(step) -> float`` that multiplies the term's ``WEIGHT``;
+``step`` counts training forwards from 0. The registry holds what makes one from the keys of
+``SCHEDULE``: a class, as here, or a function that returns a callable.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 
 from kd_det.core.errors import fail
 from kd_det.core.registry import SCHEDULES
@@ -24,59 +25,65 @@ def _check_iters(name: str, iters: int) -> None:
         )
 
 
-@SCHEDULES.register()
-def constant() -> Schedule:
+@SCHEDULES.register("constant")
+@dataclass(frozen=True)
+class Constant:
     """Factor 1 at every step (the default)."""
-    return _one
+
+    def __call__(self, step: int) -> float:
+        return 1.0
 
 
-@SCHEDULES.register()
-def linear_warmup(iters: int, every: int = 1) -> Schedule:
-    """``min(1, step / iters)``, counted from 0, so step 0 has none.
+@SCHEDULES.register("linear_warmup")
+@dataclass(frozen=True)
+class LinearWarmup:
+    """``min(1, step / iters)``, which is 0 in step 0.
 
     Args:
         iters: steps until the full weight.
-        every: the weight rises once in so many steps. ReviewKD's on CIFAR rises once per epoch, and
-            the first epoch has none.
+        every: steps between two rises. ReviewKD's weight on CIFAR rises once per epoch and is 0
+            in the first.
     """
-    _check_iters("linear_warmup", iters)
-    if every < 1:
-        fail(
-            expected="schedule linear_warmup to get EVERY >= 1",
-            received=f"EVERY {every}",
-            remedy="give the iterations of an epoch, or leave it out",
-        )
-    return partial(_rise, iters=iters, every=every)
+
+    iters: int
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        _check_iters("linear_warmup", self.iters)
+        if self.every < 1:
+            fail(
+                expected="schedule linear_warmup to get EVERY >= 1",
+                received=f"EVERY {self.every}",
+                remedy="give the iterations of an epoch, or leave it out",
+            )
+
+    def __call__(self, step: int) -> float:
+        return min(1.0, step // self.every * self.every / self.iters)
 
 
-@SCHEDULES.register()
-def delay(iters: int) -> Schedule:
+@SCHEDULES.register("delay")
+@dataclass(frozen=True)
+class Delay:
     """0 for the first ``iters`` steps, then 1: FGFI is off for its first 400 iterations."""
-    _check_iters("delay", iters)
-    return partial(_switch, iters=iters)
+
+    iters: int
+
+    def __post_init__(self) -> None:
+        _check_iters("delay", self.iters)
+
+    def __call__(self, step: int) -> float:
+        return float(step >= self.iters)
 
 
-@SCHEDULES.register()
-def linear_decay(iters: int) -> Schedule:
-    """``max(0, 1 - step / iters)``: from full weight to none."""
-    _check_iters("linear_decay", iters)
-    return partial(_fall, iters=iters)
+@SCHEDULES.register("linear_decay")
+@dataclass(frozen=True)
+class LinearDecay:
+    """``max(0, 1 - step / iters)``: from the full weight to 0."""
 
+    iters: int
 
-# Module-level functions rather than closures, so that a model with its distiller can be pickled.
+    def __post_init__(self) -> None:
+        _check_iters("linear_decay", self.iters)
 
-
-def _one(step: int) -> float:
-    return 1.0
-
-
-def _rise(step: int, iters: int, every: int = 1) -> float:
-    return min(1.0, step // every * every / iters)
-
-
-def _switch(step: int, iters: int) -> float:
-    return float(step >= iters)
-
-
-def _fall(step: int, iters: int) -> float:
-    return max(0.0, 1.0 - step / iters)
+    def __call__(self, step: int) -> float:
+        return max(0.0, 1.0 - step / self.iters)

@@ -1,4 +1,4 @@
-"""A term: one weighted loss in a run, described by plain data and checked when it is read."""
+"""A term: one loss of a run with its taps, weight and schedule, checked when it is read."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from kd_det.core.errors import check_choice, check_known, fail, nearest
 from kd_det.core.registry import LOSSES, SCHEDULES
+from kd_det.core.schedules import Constant, Schedule
 
 _OWN_KEYS = ("LOSS", "WEIGHT", "TAPS", "SCHEDULE", "CLIP")
 CLIPS = ("none", "task_norm")
@@ -22,7 +23,7 @@ TapPair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Term:
-    """One entry of ``KD.TERMS``.
+    """One entry of ``KD.TERMS``, and the only place that holds its weight.
 
     Attributes:
         name: the key of the entry, and the name of the logged loss.
@@ -30,7 +31,8 @@ class Term:
         taps: pairs of student and teacher tap names or module paths.
         weight: multiplies the loss; meaningless without the loss's reduction.
         arguments: constructor arguments of the loss, in lower case.
-        schedule: the ``SCHEDULE`` mapping, ``{"NAME": "constant"}`` by default.
+        schedule: gives the factor of the weight in a training step, see
+            :mod:`kd_det.core.schedules`.
         clip: ``"task_norm"`` limits the term's gradient to that of the task, tensor by tensor
             (MHGD); see :mod:`kd_det.balance.clip`.
     """
@@ -40,7 +42,7 @@ class Term:
     taps: tuple[TapPair, ...]
     weight: float = 1.0
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    schedule: Mapping[str, Any] = field(default_factory=lambda: {"NAME": "constant"})
+    schedule: Schedule = field(default_factory=Constant)
     clip: str = "none"
 
 
@@ -91,7 +93,7 @@ def _parse_term(name: str, node: Mapping[str, Any]) -> Term:
             received=repr(raw_schedule),
             remedy="write for example SCHEDULE: {NAME: linear_warmup, ITERS: 1000}",
         )
-    build_schedule(where, raw_schedule)
+    schedule = build_schedule(where, raw_schedule)
     clip = node.get("CLIP", "none")
     check_choice(f"CLIP of {where}", clip, CLIPS)
     arguments = {k.lower(): v for k, v in node.items() if k not in _OWN_KEYS}
@@ -109,7 +111,7 @@ def _parse_term(name: str, node: Mapping[str, Any]) -> Term:
         taps=_parse_taps(where, node.get("TAPS", ())),
         weight=float(weight),
         arguments=arguments,
-        schedule=dict(raw_schedule),
+        schedule=schedule,
         clip=clip,
     )
 
@@ -136,7 +138,7 @@ def check_heads(terms: Sequence[Term], sigmoid_taps: Collection[str]) -> None:
                 )
 
 
-def build_schedule(where: str, node: Mapping[str, Any]) -> Any:
+def build_schedule(where: str, node: Mapping[str, Any]) -> Schedule:
     """The schedule a ``SCHEDULE`` mapping describes."""
     factory = SCHEDULES.get(node["NAME"])
     arguments = {k.lower(): v for k, v in node.items() if k != "NAME"}

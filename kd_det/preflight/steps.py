@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -225,7 +225,7 @@ class _Watch:
                 stack.enter_context(self._entering("teacher", bench.teacher.model))
                 stack.enter_context(bench.teacher.observed(watches["teacher"].running))
             if bench.distiller is not None:
-                stack.enter_context(_at_full_schedule(bench.distiller))
+                stack.enter_context(bench.distiller.full_weights())
                 stack.enter_context(self._watched_distiller(bench.distiller, watches["losses"]))
             yield
 
@@ -261,17 +261,6 @@ class _Watch:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-@contextmanager
-def _at_full_schedule(distiller: Any) -> Iterator[None]:
-    """A term that a schedule keeps off in the first steps is measured as it will be later."""
-    schedules: dict[str, Callable[[int], float]] = distiller.schedules
-    distiller.schedules = dict.fromkeys(schedules, lambda step: 1.0)
-    try:
-        yield
-    finally:
-        distiller.schedules = schedules
 
 
 def _timed(batches: Iterator[Any], watch: Stopwatch) -> Iterator[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kd_det.core.schedules import Constant, Delay
 from kd_det.core.terms import check_heads, parse_terms
 
 KD = {"LOSS": "KD", "TAPS": ["box_logits"]}
@@ -27,12 +28,12 @@ def test_a_complete_term_is_read():
     assert isinstance(term.weight, float)
     assert term.taps == (("box_logits", "box_logits"),)
     assert term.arguments == {"reduction": "mean", "temperature": 2}
-    assert term.schedule == {"NAME": "delay", "ITERS": 400}
+    assert term.schedule == Delay(400)
 
 
 def test_weight_and_schedule_have_defaults():
     term = parse(**KD)
-    assert (term.weight, term.schedule, term.arguments) == (1.0, {"NAME": "constant"}, {})
+    assert (term.weight, term.schedule, term.arguments) == (1.0, Constant(), {})
 
 
 @pytest.mark.parametrize(

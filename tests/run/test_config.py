@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from fvcore.common.config import CfgNode
 
+from kd_det.core.schedules import Delay
 from kd_det.run.config import add_kd_config, merge_config, read_host, read_terms
 
 REVIEW = """
@@ -92,12 +93,12 @@ def test_a_file_changes_one_key_of_a_term_of_its_base(cfg, write):
         (
             ["KD.TERMS.review.SCHEDULE", "{'NAME': 'delay', 'ITERS': 9}"],
             "schedule",
-            {"NAME": "delay", "ITERS": 9},
+            Delay(9),
         ),
         (
             ["KD.TERMS.review.SCHEDULE.NAME", "delay", "KD.TERMS.review.SCHEDULE.ITERS", "9"],
             "schedule",
-            {"NAME": "delay", "ITERS": 9},
+            Delay(9),
         ),
     ],
     ids=str,
