@@ -19,12 +19,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kd_det.core.errors import closest, fail, nearest
+from kd_det.core.errors import closest, fail, listed, nearest
 from kd_det.core.loss import TapSpec
 from kd_det.core.numerics import full_precision
 
 NAMES_KEY = "KD.TEACHER.CLASS_NAMES"
-_LISTED = 12
 
 
 @dataclass(frozen=True)
@@ -259,12 +258,6 @@ def _refuse_missing(missing: Sequence[str], teacher: Sequence[str], classes: int
         remedy="name the teacher's class for each in KD.CLASS_MAP {student: teacher}, or distil "
         f"features only; the teacher knows {listed(teacher)}",
     )
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names for a message, cut where there are many."""
-    shown = ", ".join(names[:_LISTED])
-    return shown if len(names) <= _LISTED else f"{shown}, ... ({len(names)} in all)"
 
 
 def _index(columns: tuple[int, ...], like: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""The one voice for bad input: what was expected, what was received, and the remedy."""
+"""Errors about bad input, which name what was expected, what was received, and the remedy."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence, Sized
-from typing import NoReturn
+from typing import Any, NoReturn, get_args
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ class KDError(ValueError):
 
 
 def fail(*, expected: str, received: str, remedy: str) -> NoReturn:
-    """Raise :class:`KDError` as one sentence that says expected, received and remedy."""
+    """Raise :class:`KDError` with these three parts in one sentence."""
     raise KDError(f"expected {expected}; received {received}; remedy: {remedy}")
 
 
@@ -27,7 +27,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is most like ``name``, whatever the case; None if none is."""
+    """The known name that is most like ``name``, regardless of case; None if none is close."""
     lowered = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
     return lowered[close[0]] if close else None
@@ -40,18 +40,19 @@ def check_known(what: str, name: str, known: Iterable[str]) -> None:
         fail(expected=f"a known {what}", received=f"'{name}'", remedy=nearest(str(name), names))
 
 
-def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a value outside a closed set of choices."""
-    if value not in choices:
+def check_choice(argument: str, value: str, choices: Any) -> None:
+    """Refuse a value outside ``choices``: a sequence of strings, or their ``Literal`` type."""
+    names: Sequence[str] = get_args(choices) or choices
+    if value not in names:
         fail(
-            expected=f"{argument} to be one of {', '.join(map(repr, choices))}",
+            expected=f"{argument} to be one of {', '.join(map(repr, names))}",
             received=repr(value),
-            remedy=nearest(str(value), choices),
+            remedy=nearest(str(value), names),
         )
 
 
 def check_same_length(loss: str, student: Sized, teacher: Sized) -> None:
-    """Refuse lists of different length: zipping them would drop a level in silence."""
+    """Refuse empty lists and lists of different length, of which zipping would drop a tensor."""
     if len(student) != len(teacher) or not student:
         fail(
             expected=f"{loss} to get as many student as teacher tensors, at least one",
@@ -61,7 +62,7 @@ def check_same_length(loss: str, student: Sized, teacher: Sized) -> None:
 
 
 def check_same_shape(loss: str, student: Tensor, teacher: Tensor) -> None:
-    """Refuse two tensors of different shape, naming both."""
+    """Refuse two tensors of different shape."""
     if student.shape != teacher.shape:
         fail(
             expected=f"{loss} to compare tensors of one shape",
@@ -70,11 +71,21 @@ def check_same_shape(loss: str, student: Tensor, teacher: Tensor) -> None:
         )
 
 
-def check_channels(loss: str, side: str, tensor: Tensor, channels: int) -> None:
-    """Refuse a map whose channel axis (dim 1) is not the one the loss was built for."""
-    if tensor.dim() < 2 or tensor.shape[1] != channels:
-        fail(
-            expected=f"{loss} to get {side} maps with {channels} channels on dim 1",
-            received=f"shape {tuple(tensor.shape)}",
-            remedy="build the loss with the channel count of this tap",
-        )
+def check_channels(
+    loss: str, side: str, tensors: Sequence[Tensor], channels: Sequence[int]
+) -> None:
+    """Refuse tensors whose channel axes (dim 1) are not those the loss was built for."""
+    check_same_length(loss, tensors, channels)
+    for tensor, width in zip(tensors, channels, strict=True):
+        if tensor.dim() < 2 or tensor.shape[1] != width:
+            fail(
+                expected=f"{loss} to get {side} maps with {width} channels on dim 1",
+                received=f"shape {tuple(tensor.shape)}",
+                remedy="build the loss with the channel count of this tap",
+            )
+
+
+def listed(names: Sequence[str], limit: int = 12) -> str:
+    """Names for a message, cut after ``limit`` of them."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}, ... ({len(names)} in all)"

@@ -1,4 +1,4 @@
-"""The contract of a distillation loss. Weighting and scheduling belong to the distiller."""
+"""The contract of a distillation loss, which is unweighted and knows no schedule."""
 
 from __future__ import annotations
 
@@ -28,23 +28,21 @@ class DistillLoss(nn.Module):
     """A loss over aligned lists of student and teacher tensors.
 
     Subclasses are registered in :data:`kd_det.LOSSES`. A term's config keys are the arguments of
-    their constructor; arguments named in ``from_taps`` are filled from the tapped shapes.
+    their constructor, except for those that :meth:`tap_arguments` gives.
 
     Attributes:
         needs: context a host must offer, passed to ``forward`` by keyword (``"gt_boxes"``).
-        from_taps: constructor arguments that :meth:`tap_arguments` provides.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
-    from_taps: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def tap_arguments(
         cls, student: Sequence[TapSpec], teacher: Sequence[TapSpec], given: dict[str, Any]
     ) -> dict[str, Any]:
-        """Constructor arguments that follow from the taps, for the names in ``from_taps``.
+        """Constructor arguments that follow from the taps; also the place to refuse taps.
 
-        ``given`` holds the arguments the config sets.
+        ``given`` holds the arguments that the config sets; they take precedence.
         """
         return {}
 
@@ -57,3 +55,13 @@ class DistillLoss(nn.Module):
             **context: what ``needs`` names.
         """
         raise NotImplementedError
+
+
+def channel_arguments(
+    student: Sequence[TapSpec], teacher: Sequence[TapSpec]
+) -> dict[str, list[int]]:
+    """The widths of both sides, for :meth:`DistillLoss.tap_arguments`."""
+    return {
+        "student_channels": [spec.channels for spec in student],
+        "teacher_channels": [spec.channels for spec in teacher],
+    }

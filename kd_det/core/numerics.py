@@ -70,6 +70,13 @@ def binary_entropy(logits: Tensor) -> Tensor:
         return -(positive + negative).sum(dim=-1)
 
 
+def evenly_spaced(rows: Tensor, most: int) -> Tensor:
+    """At most ``most`` rows, evenly spaced over all of them; all of them where it is 0."""
+    if not 0 < most < len(rows):
+        return rows
+    return rows[torch.arange(most, device=rows.device) * len(rows) // most]
+
+
 def descending(scores: Tensor) -> Tensor:
     """Indices by descending score, int64 ``[N]``; equal scores keep the lower index first."""
     return torch.sort(scores, descending=True, stable=True).indices

@@ -21,9 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_det.core.errors import fail
-
-_LISTED_KEYS = 8
+from kd_det.core.errors import fail, listed
 
 
 class FrozenTeacher:
@@ -109,7 +107,7 @@ def load_strict(
     ]
     if missing or unexpected or mis_shaped:
         problems = [
-            f"{len(keys)} {kind}: {_listed(keys)}"
+            f"{len(keys)} {kind}: {listed(keys, 8)}"
             for kind, keys in (
                 ("missing", missing),
                 ("unexpected", unexpected),
@@ -166,8 +164,3 @@ def check_teacher_weights(weights: str, config_file: str, allow_random: bool) ->
 
 def _matches(key: str, endings: tuple[str, ...]) -> bool:
     return any(ending in key for ending in endings)
-
-
-def _listed(keys: list[str]) -> str:
-    shown = ", ".join(keys[:_LISTED_KEYS])
-    return shown if len(keys) <= _LISTED_KEYS else f"{shown}, ... ({len(keys)} in all)"

@@ -1,8 +1,8 @@
 """AT: attention transfer (Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017,
 https://arxiv.org/abs/1612.03928).
 
-Shapes: student map ``[N, C_s, H_s, W_s]``, teacher map ``[N, C_t, H_t, W_t]`` of one stage; an
-attention map is ``[N, H * W]``.
+Shapes: student map ``[N, C_s, H_s, W_s]``, teacher map ``[N, C_t, H_t, W_t]``; an attention map
+is ``[N, H * W]``.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from kd_det.core.loss import DistillLoss
 from kd_det.core.numerics import full_precision, no_autocast, zero_in_graph
 from kd_det.core.registry import LOSSES
 
-MODES = ("code", "paper")
+Mode = Literal["code", "paper"]
 _EPS = 1e-12  # of F.normalize, as in the authors' code: an all-zero map stays zero
 
 logger = logging.getLogger(__name__)
 
 
 def attention_map(feature: Tensor, p: float = 2) -> Tensor:
-    """Where a map has its energy: ``mean_c |F_c|^p``, scaled to length 1 per sample.
+    """The energy of each position, ``mean_c |F_c|^p``, scaled to length 1 per sample.
 
     Args:
         feature: ``[N, C, H, W]``, any floating dtype, computed in at least float32. A map tapped
@@ -52,13 +52,11 @@ def attention_map(feature: Tensor, p: float = 2) -> Tensor:
         return F.normalize(energy.mean(dim=1).flatten(1), dim=1, eps=_EPS)
 
 
-def at_loss(
-    student: Tensor, teacher: Tensor, p: float = 2, mode: Literal["code", "paper"] = "code"
-) -> Tensor:
-    r"""Distance between the attention maps of one stage. Widths may differ.
+def at_loss(student: Tensor, teacher: Tensor, p: float = 2, mode: Mode = "code") -> Tensor:
+    r"""Distance between the attention maps of a student's and a teacher's map.
 
-    If sizes differ, feature maps are average-pooled to the smaller height and the smaller width
-    before their attention is taken.
+    Widths may differ. If sizes differ, feature maps are average-pooled to the smaller height and
+    the smaller width before their attention is taken.
 
     Args:
         student: ``[N, C_s, H_s, W_s]``.
@@ -75,7 +73,7 @@ def at_loss(
     Raises:
         KDError: not two maps of one batch, p below 1, or an unknown mode.
     """
-    check_choice("mode", mode, MODES)
+    check_choice("mode", mode, Mode)
     _check_p(p)
     _check_maps(student, teacher)
     if student.numel() == 0:
@@ -113,41 +111,38 @@ def _check_maps(student: Tensor, teacher: Tensor) -> None:
 
 @LOSSES.register("AT")
 class ATLoss(DistillLoss):
-    """:func:`at_loss`, summed over the stages. Nothing is learned.
+    """:func:`at_loss`, summed over the taps. Nothing is learned.
 
     Args:
         p: see :func:`attention_map`.
         mode: see :func:`at_loss`.
     """
 
-    def __init__(self, p: float = 2, mode: Literal["code", "paper"] = "code") -> None:
+    def __init__(self, p: float = 2, mode: Mode = "code") -> None:
         super().__init__()
         _check_p(p)
-        check_choice("mode", mode, MODES)
+        check_choice("mode", mode, Mode)
         self.p = p
-        self.mode = mode
+        self.mode: Mode = mode
         self._warned = False
 
     def forward(self, student: list[Tensor], teacher: list[Tensor], **context: Any) -> Tensor:
-        """Stages of ``[N, C, H, W]`` maps, whose widths and sizes may differ. Scalar."""
+        """Maps ``[N, C, H, W]`` of any widths and sizes. Scalar."""
         check_same_length("AT", student, teacher)
-        losses = [
-            at_loss(s, t, self.p, self.mode)  # type: ignore[arg-type]
-            for s, t in zip(student, teacher, strict=True)
-        ]
+        losses = [at_loss(s, t, self.p, self.mode) for s, t in zip(student, teacher, strict=True)]
         self._warn_of_single_cells(student, teacher)
         return torch.stack(losses).sum()
 
     def _warn_of_single_cells(self, student: list[Tensor], teacher: list[Tensor]) -> None:
         if self._warned:
             return
-        for stage, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        for tap, (s, t) in enumerate(zip(student, teacher, strict=True)):
             if min(s.shape[2], t.shape[2]) == 1 and min(s.shape[3], t.shape[3]) == 1:
                 self._warned = True
                 logger.warning(
-                    "AT stage %d is compared at 1x1 (student %s, teacher %s): its attention is 1 "
+                    "AT tap %d is compared at 1x1 (student %s, teacher %s): its attention is 1 "
                     "on both sides and it teaches nothing",
-                    stage,
+                    tap,
                     tuple(s.shape),
                     tuple(t.shape),
                 )

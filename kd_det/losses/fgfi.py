@@ -22,12 +22,12 @@ from kd_det.core.errors import (
     check_same_shape,
     fail,
 )
-from kd_det.core.loss import DistillLoss, TapSpec
+from kd_det.core.loss import DistillLoss, TapSpec, channel_arguments
 from kd_det.core.numerics import full_precision, no_autocast, zero_in_graph
 from kd_det.core.registry import LOSSES
 
-ASSIGN = ("roi", "anchor", "all")
-NORMALIZERS = ("global", "level_mean", "level_sum")
+Assign = Literal["roi", "anchor", "all"]
+Normalizer = Literal["global", "level_mean", "level_sum"]
 _CANONICAL_SIZE, _CANONICAL_LEVEL = 224.0, 4  # FPN paper: a 224-pixel box belongs to p4
 
 
@@ -38,7 +38,7 @@ def fgfi_mask(
     sizes: Sequence[tuple[int, int]],
     strides: Sequence[int] | None = None,
     threshold: float = 0.5,
-    assign: Literal["roi", "anchor", "all"] = "roi",
+    assign: Assign = "roi",
     inclusive: bool = False,
 ) -> list[Tensor]:
     """Cells whose anchors overlap a box well *relative to the best overlap that box gets*.
@@ -66,7 +66,7 @@ def fgfi_mask(
     Raises:
         KDError: list lengths or anchor counts that do not fit, or an unknown ``assign``.
     """
-    check_choice("assign", assign, ASSIGN)
+    check_choice("assign", assign, Assign)
     check_same_length("FGFI", anchors, sizes)
     for level, (rows, (h, w)) in enumerate(zip(anchors, sizes, strict=True)):
         if rows.dim() != 2 or rows.shape[1] != 4 or h * w == 0 or len(rows) % (h * w):
@@ -147,7 +147,7 @@ def imitation_loss(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     masks: Sequence[Tensor],
-    normalizer: Literal["global", "level_mean", "level_sum"] = "global",
+    normalizer: Normalizer = "global",
 ) -> Tensor:
     """Squared error at marked cells: ``1 / (2 N_p) * sum_cells sum_channels (s - t)^2``.
 
@@ -164,7 +164,7 @@ def imitation_loss(
     Returns:
         Scalar; an exact zero in the graph where nothing is marked.
     """
-    check_choice("normalizer", normalizer, NORMALIZERS)
+    check_choice("normalizer", normalizer, Normalizer)
     check_same_length("FGFI", student, teacher)
     check_same_length("FGFI", student, masks)
     sums, positives = [], []
@@ -193,9 +193,9 @@ def _check_mask(mask: Tensor, cells: tuple[int, ...]) -> None:
 
 @LOSSES.register("FGFI")
 class FGFILoss(DistillLoss):
-    """Imitate the teacher near objects, through one 3x3 convolution per level.
+    """Imitation of the teacher near objects, through one 3x3 convolution per level.
 
-    The adaptor is there even at equal width. It starts at almost zero (std 1e-4, truncated at
+    The adaptor exists even at equal width. It starts at almost zero (std 1e-4, truncated at
     two deviations, zero bias), as in the reference, so little gradient reaches the student at
     first.
 
@@ -214,7 +214,6 @@ class FGFILoss(DistillLoss):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("anchors", "gt_boxes")
-    from_taps: ClassVar[tuple[str, ...]] = ("student_channels", "teacher_channels", "strides")
 
     def __init__(
         self,
@@ -222,14 +221,14 @@ class FGFILoss(DistillLoss):
         teacher_channels: Sequence[int],
         strides: Sequence[int] | None = None,
         threshold: float = 0.5,
-        assign: Literal["roi", "anchor", "all"] = "roi",
-        normalizer: Literal["global", "level_mean", "level_sum"] = "global",
+        assign: Assign = "roi",
+        normalizer: Normalizer = "global",
         relu: bool = False,
     ) -> None:
         super().__init__()
         check_same_length("FGFI", student_channels, teacher_channels)
-        check_choice("assign", assign, ASSIGN)
-        check_choice("normalizer", normalizer, NORMALIZERS)
+        check_choice("assign", assign, Assign)
+        check_choice("normalizer", normalizer, Normalizer)
         if not 0 < threshold < 1:
             fail(
                 expected="FGFI threshold between 0 and 1",
@@ -239,8 +238,8 @@ class FGFILoss(DistillLoss):
         self.student_channels = list(student_channels)
         self.strides = None if strides is None else list(strides)
         self.threshold = threshold
-        self.assign = assign
-        self.normalizer = normalizer
+        self.assign: Assign = assign
+        self.normalizer: Normalizer = normalizer
         self.relu = relu
         self.adaptors = nn.ModuleList(
             nn.Conv2d(c_s, c_t, 3, padding=1)
@@ -262,11 +261,7 @@ class FGFILoss(DistillLoss):
                 received=f"student {strides}, teacher {[spec.stride for spec in teacher]}",
                 remedy="tap the same FPN levels of both models",
             )
-        return {
-            "student_channels": [spec.channels for spec in student],
-            "teacher_channels": [spec.channels for spec in teacher],
-            "strides": strides,
-        }
+        return {**channel_arguments(student, teacher), "strides": strides}
 
     def forward(
         self,
@@ -277,38 +272,26 @@ class FGFILoss(DistillLoss):
         gt_boxes: Sequence[Tensor] | None = None,
         **context: Any,
     ) -> Tensor:
-        """Imitation loss over levels ``[N, C, H, W]``.
-
-        Args:
-            student: maps per level.
-            teacher: maps per level.
-            anchors: per level ``[H * W * A, 4]``.
-            gt_boxes: per image ``[G_i, 4]``.
-
-        Returns:
-            Scalar.
-        """
+        """Maps ``[N, C, H, W]`` per level; anchors and boxes as :func:`fgfi_mask` takes. Scalar."""
         check_same_length("FGFI", student, teacher)
-        check_same_length("FGFI", student, self.adaptors)
         if anchors is None or gt_boxes is None:
             fail(
                 expected="FGFI to get anchors and gt_boxes",
                 received="none",
                 remedy="pass them as context, or use a detection host",
             )
+        check_channels("FGFI", "student", student, self.student_channels)
         if any(x.numel() == 0 for x in student):
             return zero_in_graph([*student, *self.parameters()])
-        for x, channels in zip(student, self.student_channels, strict=True):
-            check_channels("FGFI", "student", x, channels)
         masks = fgfi_mask(
             anchors,
             gt_boxes,
             [(x.shape[2], x.shape[3]) for x in student],
             self.strides,
             self.threshold,
-            self.assign,  # type: ignore[arg-type]
+            self.assign,
         )
         adapted = [conv(full_precision(x)) for conv, x in zip(self.adaptors, student, strict=True)]
         if self.relu:
             adapted = [F.relu(x) for x in adapted]
-        return imitation_loss(adapted, teacher, masks, self.normalizer)  # type: ignore[arg-type]
+        return imitation_loss(adapted, teacher, masks, self.normalizer)

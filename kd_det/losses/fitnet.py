@@ -7,7 +7,7 @@ Shapes: student map ``[N, C_s, H_s, W_s]``, teacher map ``[N, C_t, H_t, W_t]``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,10 @@ from kd_det.core.errors import (
     check_same_shape,
     fail,
 )
-from kd_det.core.loss import DistillLoss, TapSpec
+from kd_det.core.loss import DistillLoss, TapSpec, channel_arguments
 from kd_det.core.numerics import full_precision, no_autocast, zero_in_graph
 from kd_det.core.registry import LOSSES
 
-REDUCTIONS = ("mean", "paper")
 Reduction = Literal["mean", "paper"]
 
 
@@ -44,7 +43,7 @@ def hint_loss(student: Tensor, teacher: Tensor, reduction: Reduction = "mean") -
     Raises:
         KDError: the shapes differ, or an unknown reduction.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("reduction", reduction, Reduction)
     check_same_shape("FitNet", student, teacher)
     if student.numel() == 0:
         return zero_in_graph([student])
@@ -71,13 +70,6 @@ class FitNetLoss(DistillLoss):
         KDError: lists of different length, an unknown reduction, or sizes that cannot be bridged.
     """
 
-    from_taps: ClassVar[tuple[str, ...]] = (
-        "student_channels",
-        "teacher_channels",
-        "student_sizes",
-        "teacher_sizes",
-    )
-
     def __init__(
         self,
         student_channels: Sequence[int],
@@ -88,7 +80,7 @@ class FitNetLoss(DistillLoss):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("reduction", reduction, Reduction)
         check_same_length("FitNet", student_channels, teacher_channels)
         n = len(student_channels)
         sizes_s: Sequence[Size | None] = student_sizes or [None] * n
@@ -109,8 +101,7 @@ class FitNetLoss(DistillLoss):
         cls, student: Sequence[TapSpec], teacher: Sequence[TapSpec], given: dict[str, Any]
     ) -> dict[str, Any]:
         """Widths, and sizes where both sides have fixed ones; else equal strides are required."""
-        both = [*student, *teacher]
-        fixed = all(spec.size is not None for spec in both)
+        fixed = all(spec.size is not None for spec in [*student, *teacher])
         if not fixed:
             for s, t in zip(student, teacher, strict=False):
                 if s.stride != t.stride:
@@ -120,8 +111,7 @@ class FitNetLoss(DistillLoss):
                         remedy="tap the stage of the same stride, for example c3 on both",
                     )
         return {
-            "student_channels": [spec.channels for spec in student],
-            "teacher_channels": [spec.channels for spec in teacher],
+            **channel_arguments(student, teacher),
             "student_sizes": [spec.size for spec in student] if fixed else None,
             "teacher_sizes": [spec.size for spec in teacher] if fixed else None,
         }
@@ -129,12 +119,9 @@ class FitNetLoss(DistillLoss):
     def forward(self, student: list[Tensor], teacher: list[Tensor], **context: Any) -> Tensor:
         """Sum over taps of :func:`hint_loss` on adapted maps. Scalar."""
         check_same_length("FitNet", student, teacher)
-        check_same_length("FitNet", student, self.student_channels)
+        check_channels("FitNet", "student", student, self.student_channels)
         losses = []
-        for adaptor, s, t, channels in zip(
-            self.adaptors, student, teacher, self.student_channels, strict=True
-        ):
-            check_channels("FitNet", "student", s, channels)
+        for adaptor, s, t in zip(self.adaptors, student, teacher, strict=True):
             if s.numel() == 0:
                 losses.append(zero_in_graph([s, *adaptor.parameters()]))
                 continue

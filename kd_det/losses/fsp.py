@@ -3,30 +3,30 @@ Optimization, Network Minimization and Transfer Learning", CVPR 2017,
 https://openaccess.thecvf.com/content_cvpr_2017/html/Yim_A_Gift_From_CVPR_2017_paper.html).
 
 Shapes: two maps of one network, first ``[N, m, h, w]`` and second ``[N, n, h', w']``, give one FSP
-matrix per sample, ``[N, m, n]``: which channels of the two layers fire together.
+matrix per sample, ``[N, m, n]``, large where two channels are active at the same positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kd_det.core.errors import check_channels, check_choice, check_same_length, fail
-from kd_det.core.loss import DistillLoss, TapSpec
+from kd_det.core.loss import DistillLoss, TapSpec, channel_arguments
 from kd_det.core.numerics import full_precision, no_autocast, zero_in_graph
 from kd_det.core.registry import LOSSES
 
-POOLS = ("max", "avg")
-REDUCTIONS = ("frobenius", "mean")
-PAIRS = ("disjoint", "chain")
+Pool = Literal["max", "avg"]
+Reduction = Literal["frobenius", "mean"]
+Pairs = Literal["disjoint", "chain"]
 
 
-def fsp_matrix(first: Tensor, second: Tensor, pool: Literal["max", "avg"] = "max") -> Tensor:
-    r"""Co-activation of two layers: ``G_ij = 1/(hw) * sum_yx first_i second_j``.
+def fsp_matrix(first: Tensor, second: Tensor, pool: Pool = "max") -> Tensor:
+    r"""Co-activation of two layers, ``G_ij = 1/(hw) * sum_yx first_i second_j``.
 
     Maps of different size are pooled, adaptively, to the smaller height and the smaller width.
 
@@ -41,7 +41,7 @@ def fsp_matrix(first: Tensor, second: Tensor, pool: Literal["max", "avg"] = "max
     Raises:
         KDError: not two maps of one batch, or an unknown ``pool``.
     """
-    check_choice("pool", pool, POOLS)
+    check_choice("pool", pool, Pool)
     if first.dim() != 4 or second.dim() != 4 or len(first) != len(second):
         fail(
             expected="FSP to get two maps [N, C, H, W] of the same images",
@@ -69,8 +69,8 @@ def fsp_loss(
     student_second: Tensor,
     teacher_first: Tensor,
     teacher_second: Tensor,
-    pool: Literal["max", "avg"] = "max",
-    reduction: Literal["frobenius", "mean"] = "frobenius",
+    pool: Pool = "max",
+    reduction: Reduction = "frobenius",
 ) -> Tensor:
     """Squared difference of the FSP matrices of one pair of layers.
 
@@ -91,7 +91,7 @@ def fsp_loss(
     Raises:
         KDError: matrices of different shape, unknown choices, or see :func:`fsp_matrix`.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("reduction", reduction, Reduction)
     student = fsp_matrix(student_first, student_second, pool)
     teacher = fsp_matrix(teacher_first.detach(), teacher_second.detach(), pool)
     if student.shape != teacher.shape:
@@ -130,25 +130,23 @@ class FSPLoss(DistillLoss):
         KDError: unknown choices, or ``adapt`` without widths.
     """
 
-    from_taps: ClassVar[tuple[str, ...]] = ("student_channels", "teacher_channels")
-
     def __init__(
         self,
-        pool: Literal["max", "avg"] = "max",
-        reduction: Literal["frobenius", "mean"] = "frobenius",
-        pairs: Literal["disjoint", "chain"] = "disjoint",
+        pool: Pool = "max",
+        reduction: Reduction = "frobenius",
+        pairs: Pairs = "disjoint",
         resize: bool = True,
         adapt: bool = False,
         student_channels: Sequence[int] | None = None,
         teacher_channels: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        check_choice("pool", pool, POOLS)
-        check_choice("reduction", reduction, REDUCTIONS)
-        check_choice("pairs", pairs, PAIRS)
-        self.pool = pool
-        self.reduction = reduction
-        self.pairs = pairs
+        check_choice("pool", pool, Pool)
+        check_choice("reduction", reduction, Reduction)
+        check_choice("pairs", pairs, Pairs)
+        self.pool: Pool = pool
+        self.reduction: Reduction = reduction
+        self.pairs: Pairs = pairs
         self.resize = resize
         self.adaptors = _adaptors(student_channels, teacher_channels) if adapt else None
 
@@ -167,13 +165,14 @@ class FSPLoss(DistillLoss):
             for side, specs in (("student", student), ("teacher", teacher)):
                 for a, b in pairs:
                     _check_specs(side, a, specs[a], specs[b])
-        widths = [s.channels for s in student], [t.channels for t in teacher]
+        widths = channel_arguments(student, teacher)
         if given.get("adapt", False):
-            return {"student_channels": widths[0], "teacher_channels": widths[1]}
-        if widths[0] != widths[1]:
+            return widths
+        own, others = widths.values()
+        if own != others:
             fail(
                 expected="FSP taps as wide in the student as in the teacher",
-                received=f"student channels {widths[0]}, teacher channels {widths[1]}",
+                received=f"student channels {own}, teacher channels {others}",
                 remedy="choose a pair of models that differ in depth only, or set ADAPT: True for "
                 "a learned 1x1 convolution",
             )
@@ -191,14 +190,7 @@ class FSPLoss(DistillLoss):
             return zero_in_graph([*student, *self.parameters()])
         student = self._adapt(student)
         losses = [
-            fsp_loss(
-                student[a],
-                student[b],
-                teacher[a],
-                teacher[b],
-                self.pool,  # type: ignore[arg-type]
-                self.reduction,  # type: ignore[arg-type]
-            )
+            fsp_loss(student[a], student[b], teacher[a], teacher[b], self.pool, self.reduction)
             for a, b in pairs
         ]
         return torch.stack(losses).sum()
@@ -210,7 +202,7 @@ class FSPLoss(DistillLoss):
         adapted = []
         for adaptor, x in zip(self.adaptors, student, strict=True):
             if isinstance(adaptor, nn.Conv2d):
-                check_channels("FSP", "student", x, adaptor.in_channels)
+                check_channels("FSP", "student", [x], [adaptor.in_channels])
                 x = adaptor(full_precision(x))
             adapted.append(x)
         return adapted
@@ -234,7 +226,7 @@ def _adaptors(
 
 
 def _pair_up(count: int, pairs: str) -> list[tuple[int, int]]:
-    check_choice("pairs", pairs, PAIRS)
+    check_choice("pairs", pairs, Pairs)
     if count < 2 or (pairs == "disjoint" and count % 2):
         fail(
             expected="FSP to get pairs of taps, "

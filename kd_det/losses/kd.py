@@ -19,16 +19,16 @@ from kd_det.core.loss import DistillLoss, TapSpec
 from kd_det.core.numerics import full_precision, no_autocast, zero_in_graph
 from kd_det.core.registry import LOSSES
 
-REDUCTIONS = ("batchmean", "mean", "foreground")
-ACTIVATIONS = ("softmax", "sigmoid")
+Reduction = Literal["batchmean", "mean", "foreground"]
+Activation = Literal["softmax", "sigmoid"]
 
 
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     temperature: float = 1.0,
-    reduction: Literal["batchmean", "mean", "foreground"] = "batchmean",
-    activation: Literal["softmax", "sigmoid"] = "softmax",
+    reduction: Reduction = "batchmean",
+    activation: Activation = "softmax",
 ) -> Tensor:
     r"""``T^2 * KL(p_t || q_s)`` between softened predictions.
 
@@ -51,8 +51,6 @@ def kd_loss(
         KDError: shapes differ, an unknown choice, or a temperature that is not positive.
     """
     check_same_shape("KD", student_logits, teacher_logits)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_choice("activation", activation, ACTIVATIONS)
     _check_arguments(temperature, reduction, activation)
     if student_logits.numel() == 0:
         return zero_in_graph([student_logits])
@@ -86,6 +84,8 @@ def _bernoulli_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _check_arguments(temperature: float, reduction: str, activation: str) -> None:
+    check_choice("reduction", reduction, Reduction)
+    check_choice("activation", activation, Activation)
     if not temperature > 0:
         fail(
             expected="KD to get a temperature above 0",
@@ -102,7 +102,7 @@ def _check_arguments(temperature: float, reduction: str, activation: str) -> Non
 
 @LOSSES.register("KD")
 class KDLoss(DistillLoss):
-    """:func:`kd_loss`, averaged over the pairs (the stages of a cascade).
+    """:func:`kd_loss`, averaged over the pairs (cascade stages, where a box head has several).
 
     Args:
         temperature: see :func:`kd_loss`. 1 is what every public detector code uses; CIFAR 4.
@@ -113,16 +113,14 @@ class KDLoss(DistillLoss):
     def __init__(
         self,
         temperature: float = 1.0,
-        reduction: Literal["batchmean", "mean", "foreground"] = "batchmean",
-        activation: Literal["softmax", "sigmoid"] = "softmax",
+        reduction: Reduction = "batchmean",
+        activation: Activation = "softmax",
     ) -> None:
         super().__init__()
-        check_choice("reduction", reduction, REDUCTIONS)
-        check_choice("activation", activation, ACTIVATIONS)
         _check_arguments(temperature, reduction, activation)
         self.temperature = temperature
-        self.reduction = reduction
-        self.activation = activation
+        self.reduction: Reduction = reduction
+        self.activation: Activation = activation
 
     @classmethod
     def tap_arguments(
@@ -143,7 +141,7 @@ class KDLoss(DistillLoss):
         """Mean over pairs of ``[M_i, J]`` logits. Scalar."""
         check_same_length("KD", student, teacher)
         pairs = [
-            kd_loss(s, t, self.temperature, self.reduction, self.activation)  # type: ignore[arg-type]
+            kd_loss(s, t, self.temperature, self.reduction, self.activation)
             for s, t in zip(student, teacher, strict=True)
         ]
         return torch.stack(pairs).mean()

@@ -8,7 +8,7 @@ student ``[N, C_s,i, H_i, W_i]``, teacher ``[N, C_t,i, H'_i, W'_i]``, mid width 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from kd_det.core.errors import (
     check_same_shape,
     fail,
 )
-from kd_det.core.loss import DistillLoss, TapSpec
+from kd_det.core.loss import DistillLoss, TapSpec, channel_arguments
 from kd_det.core.numerics import full_precision, no_autocast, zero_in_graph
 from kd_det.core.registry import LOSSES
 
@@ -121,7 +121,7 @@ class ReviewKDLoss(DistillLoss):
         out_channels: teacher widths, shallow to deep.
         mid_channels: M. Default ``min(512, deepest student width)``, the CIFAR rule, which gives
             256 on a stock FPN; the released detection code uses 256.
-        reduction: ``"mean"`` over samples, channels and positions, levels summed: the one there is,
+        reduction: ``"mean"`` over samples, channels and positions, levels summed; the only choice,
             named because a weight belongs to it.
 
     State keys follow the released code: ``abfs.0`` is the *deepest* level.
@@ -129,8 +129,6 @@ class ReviewKDLoss(DistillLoss):
     Raises:
         KDError: lists of different length, or an unknown reduction.
     """
-
-    from_taps: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels")
 
     def __init__(
         self,
@@ -176,9 +174,10 @@ class ReviewKDLoss(DistillLoss):
                     received=f"student stride {s.stride}, teacher stride {t.stride}",
                     remedy="tap the same FPN levels of both models",
                 )
+        widths = channel_arguments(student, teacher)
         return {
-            "in_channels": [spec.channels for spec in student],
-            "out_channels": [spec.channels for spec in teacher],
+            "in_channels": widths["student_channels"],
+            "out_channels": widths["teacher_channels"],
         }
 
     def fuse(self, student: list[Tensor], sizes: Sequence[torch.Size]) -> list[Tensor]:
@@ -194,9 +193,7 @@ class ReviewKDLoss(DistillLoss):
         """Levels shallow to deep on both sides; ``[N, C]`` is a level of one position. Scalar."""
         student, teacher = [_as_map(x) for x in student], [_as_map(x) for x in teacher]
         check_same_length("ReviewKD", student, teacher)
-        check_same_length("ReviewKD", student, self.in_channels)
-        for x, channels in zip(student, self.in_channels, strict=True):
-            check_channels("ReviewKD", "student", x, channels)
+        check_channels("ReviewKD", "student", student, self.in_channels)
         if any(x.numel() == 0 for x in student):
             return zero_in_graph([*student, *self.parameters()])
         return hcl_loss(self.fuse(student, [t.shape[-2:] for t in teacher]), teacher)

@@ -1,8 +1,8 @@
 """Rocket launching (Zhou et al., "Rocket Launching: A Universal and Efficient Framework for
 Training Well-performing Light Net", AAAI 2018, https://arxiv.org/abs/1708.04106).
 
-A light net and a heavy booster share their lower layers and are trained together from scratch;
-here is the hint that ties their logits. Shapes: N samples, J classes.
+A light net and a heavy booster share their lower layers and are trained together from scratch; the
+hint ties their logits. Shapes: N samples, J classes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from kd_det.core.loss import DistillLoss, TapSpec
 from kd_det.core.numerics import full_precision, no_autocast, zero_in_graph
 from kd_det.core.registry import LOSSES
 
-REDUCTIONS = ("batchmean", "mean")
 Reduction = Literal["batchmean", "mean"]
 
 
@@ -30,7 +29,7 @@ def rocket_hint(
 ) -> Tensor:
     """Squared distance of the logits before the softmax: ``1/N * sum_n ||l_n - z_n||^2``.
 
-    N are the samples that are there. The authors' code divides by the configured batch size
+    N counts the samples that are present. The authors' code divides by the configured batch size
     instead, which weakens a partial last batch.
 
     Args:
@@ -46,7 +45,7 @@ def rocket_hint(
     Raises:
         KDError: the shapes differ, or an unknown reduction.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("reduction", reduction, Reduction)
     check_same_shape("Rocket", light_logits, booster_logits)
     if block:
         booster_logits = booster_logits.detach()
@@ -73,7 +72,7 @@ class RocketLoss(DistillLoss):
 
     def __init__(self, block: bool = True, reduction: Reduction = "batchmean") -> None:
         super().__init__()
-        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("reduction", reduction, Reduction)
         self.block = block
         self.reduction: Reduction = reduction
 

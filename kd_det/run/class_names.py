@@ -15,8 +15,8 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from kd_det.core.class_map import NAMES_KEY, ClassMap, as_names, listed, match_classes
-from kd_det.core.errors import fail
+from kd_det.core.class_map import NAMES_KEY, ClassMap, as_names, match_classes
+from kd_det.core.errors import fail, listed
 from kd_det.run.config import read_terms
 
 logger = logging.getLogger(__name__)

@@ -99,8 +99,6 @@ def test_a_loss_without_a_constructor_has_no_arguments(tmp_path, refuses):
 def test_a_loss_gets_its_shapes_from_the_taps(randn):
     @LOSSES.register("Toy")
     class ToyLoss(DistillLoss):
-        from_taps = ("widths",)
-
         def __init__(self, widths: list[int], scale: float = 1.0) -> None:
             super().__init__()
             self.weight = torch.nn.Parameter(torch.full((sum(widths),), scale))

@@ -152,7 +152,7 @@ def test_a_single_cell_teaches_nothing_and_is_reported_once(randn, caplog, mode,
     assert not single.grad.any()
     (record,) = caplog.records
     message = record.getMessage()
-    assert "stage 1 is compared at 1x1" in message
+    assert "tap 1 is compared at 1x1" in message
     assert str(tuple(single.shape)) in message
     assert str(tuple(teachers[1].shape)) in message
 

@@ -1,4 +1,4 @@
-"""The graphs of IRG (:mod:`kd_det.losses.irg.loss`): nodes, edges, movements, and how they differ.
+"""The graphs of IRG (:mod:`kd_det.losses.irg.loss`): nodes, edges, movements, and their losses.
 
 Shapes: N nodes (images, or RoIs on detectors), K classes, C channels. A feature is ``[N, C]`` or
 a map ``[N, C, H, W]``, which is averaged over its positions first. Edges are ``[N, N]``, a
@@ -15,8 +15,6 @@ from torch import Tensor
 from kd_det.core.errors import check_choice, check_same_shape, fail
 from kd_det.core.numerics import full_precision, no_autocast, zero_in_graph
 
-REDUCTIONS = ("caffe", "mean")
-BRIDGES = ("error", "average")
 Reduction = Literal["caffe", "mean"]
 Bridge = Literal["error", "average"]
 
@@ -108,7 +106,7 @@ def vertex_loss(student: Tensor, teacher: Tensor, reduction: Reduction = "caffe"
     Raises:
         KDError: shapes differ, or an unknown reduction.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("reduction", reduction, Reduction)
     check_same_shape("IRG", student, teacher)
     if student.numel() == 0:
         return zero_in_graph([student])
@@ -141,7 +139,7 @@ def edge_loss(
     Raises:
         KDError: different numbers of nodes, or an unknown reduction.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("reduction", reduction, Reduction)
     check_rows(student, teacher)
     if len(student) < 2:
         return zero_in_graph([student])
@@ -176,7 +174,7 @@ def movement_loss(
     Raises:
         KDError: see :func:`movement`; or an unknown reduction.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("reduction", reduction, Reduction)
     check_rows(*student, *teacher)
     if len(student[0]) == 0:
         return zero_in_graph(student)

@@ -1,8 +1,8 @@
 """IRG: instance relationship graph (Liu et al., "Knowledge Distillation via Instance Relationship
 Graph", CVPR 2019,
 https://openaccess.thecvf.com/content_CVPR_2019/html/Liu_Knowledge_Distillation_via_Instance_Relationship_Graph_CVPR_2019_paper.html).
-The authors' Caffe layers and prototxt files are the reference; where ours differ and why is told in
-``docs/methods/irg.md``.
+The authors' Caffe layers and prototxt files are the reference; ``docs/methods/irg.md`` gives each
+difference with its reason.
 
 Samples are nodes; :mod:`kd_det.losses.irg.graph` defines them, their relations and all shapes.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,11 +20,9 @@ from torch import Tensor
 from kd_det.core.distributed import gather_aligned
 from kd_det.core.errors import check_choice, check_same_length, fail
 from kd_det.core.loss import DistillLoss, TapSpec
-from kd_det.core.numerics import zero_in_graph
+from kd_det.core.numerics import evenly_spaced, zero_in_graph
 from kd_det.core.registry import LOSSES
 from kd_det.losses.irg.graph import (
-    BRIDGES,
-    REDUCTIONS,
     Bridge,
     Reduction,
     check_movement_widths,
@@ -43,7 +41,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a loss reads its taps: first the logits, then the edges, then pairs of movements."""
+    """The order of a loss's taps: first the logits, then the edges, then pairs of movements."""
 
     loss: str
     vertices: int
@@ -85,7 +83,7 @@ class _Layout:
 
 
 class _GraphLoss(DistillLoss):
-    """Nodes, and the weighted sum over what the taps of a layout give."""
+    """The weighted sum of the losses of vertices, edges and movements that a layout has."""
 
     def __init__(
         self,
@@ -98,8 +96,8 @@ class _GraphLoss(DistillLoss):
         max_nodes: int,
     ) -> None:
         super().__init__()
-        check_choice("reduction", reduction, REDUCTIONS)
-        check_choice("bridge", bridge, BRIDGES)
+        check_choice("reduction", reduction, Reduction)
+        check_choice("bridge", bridge, Bridge)
         if max_nodes < 0:
             fail(
                 expected="MAX_NODES of at least 0",
@@ -203,18 +201,14 @@ class _GraphLoss(DistillLoss):
         nodes = [pool_nodes(feature) for feature in features]
         if self.gather:
             nodes = gather_aligned(nodes)
-        count = len(nodes[0])
-        if 0 < self.max_nodes < count:
-            index = torch.arange(self.max_nodes, device=nodes[0].device) * count // self.max_nodes
-            nodes = [rows[index] for rows in nodes]
-            count = self.max_nodes
-        if count < smallest and not self._warned:
+        nodes = [evenly_spaced(rows, self.max_nodes) for rows in nodes]
+        if len(nodes[0]) < smallest and not self._warned:
             self._warned = True
             logger.warning(
                 "%s relates samples to each other: %d in a batch leave nothing to learn from "
                 "(one has no relation, and two have normalised edges of 1 in any network)",
                 self.layout.loss,
-                count,
+                len(nodes[0]),
             )
         return nodes
 
@@ -249,7 +243,7 @@ class IRGLoss(_GraphLoss):
         lambda1: float = 0.1,
         lambda2: float = 0.005,
         vertices: bool = True,
-        reduction: Literal["caffe", "mean"] = "caffe",
+        reduction: Reduction = "caffe",
         detach_max: bool = True,
         gather: bool = False,
         max_nodes: int = 0,
@@ -285,9 +279,9 @@ class IRGMovementLoss(_GraphLoss):
     def __init__(
         self,
         lambda3: float = 0.005,
-        reduction: Literal["caffe", "mean"] = "caffe",
+        reduction: Reduction = "caffe",
         detach_max: bool = True,
-        bridge: Literal["error", "average"] = "error",
+        bridge: Bridge = "error",
         gather: bool = False,
         max_nodes: int = 0,
     ) -> None:
@@ -327,9 +321,9 @@ class MTKLoss(_GraphLoss):
         lambda2: float = 0.005,
         lambda3: float = 0.005,
         edges: int = 1,
-        reduction: Literal["caffe", "mean"] = "caffe",
+        reduction: Reduction = "caffe",
         detach_max: bool = True,
-        bridge: Literal["error", "average"] = "error",
+        bridge: Bridge = "error",
         gather: bool = False,
         max_nodes: int = 0,
     ) -> None:

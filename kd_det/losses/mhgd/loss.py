@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +29,13 @@ from kd_det.core.errors import (
     check_same_shape,
     fail,
 )
-from kd_det.core.loss import TapSpec
-from kd_det.core.numerics import full_precision, no_autocast, zero_in_graph
+from kd_det.core.loss import TapSpec, channel_arguments
+from kd_det.core.numerics import evenly_spaced, full_precision, no_autocast, zero_in_graph
 from kd_det.core.registry import LOSSES
 from kd_det.losses.mhgd.pre_training import PreStageLoss
 from kd_det.losses.mhgd.singular import student_vectors, teacher_vectors
 
-REDUCTIONS = ("sum", "mean")
+Reduction = Literal["sum", "mean"]
 _NORM_EPS = 1e-6
 # A normal distribution cut at two standard deviations keeps this share of its deviation.
 _TRUNCATED_STD = 0.87962566
@@ -43,9 +43,7 @@ _TRUNCATED_STD = 0.87962566
 logger = logging.getLogger(__name__)
 
 
-def mhgd_loss(
-    student: Tensor, teacher: Tensor, reduction: Literal["sum", "mean"] = "sum"
-) -> Tensor:
+def mhgd_loss(student: Tensor, teacher: Tensor, reduction: Reduction = "sum") -> Tensor:
     r"""``KL(G_s || G_t)`` between graphs ``G = softmax_j(tanh S)`` of one pair of taps.
 
     The student comes first, unlike in KD; the authors' code has it so.
@@ -63,7 +61,7 @@ def mhgd_loss(
         KDError: shapes differ, or an unknown reduction.
     """
     check_same_shape("MHGD", student, teacher)
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("reduction", reduction, Reduction)
     if student.numel() == 0:
         return zero_in_graph([student])
     with no_autocast(student):
@@ -214,7 +212,6 @@ class MHGDLoss(PreStageLoss):
         KDError: fewer than two taps, lists of different length or a number out of range.
     """
 
-    from_taps: ClassVar[tuple[str, ...]] = ("student_channels", "teacher_channels")
     network: AttentionNetwork
 
     def __init__(
@@ -223,12 +220,12 @@ class MHGDLoss(PreStageLoss):
         teacher_channels: Sequence[int],
         heads: int = 8,
         vectors: int = 4,
-        reduction: Literal["sum", "mean"] = "sum",
+        reduction: Reduction = "sum",
         gather: bool = False,
         max_nodes: int = 0,
     ) -> None:
         check_same_length("MHGD", student_channels, teacher_channels)
-        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("reduction", reduction, Reduction)
         _check_range("at least two taps, a front and a back one", len(teacher_channels), 2)
         _check_range("heads of at least 1", heads, 1)
         _check_range("vectors of at least 1", vectors, 1)
@@ -238,7 +235,7 @@ class MHGDLoss(PreStageLoss):
         self.teacher_channels = list(teacher_channels)
         self.heads = heads
         self.vectors = vectors
-        self.reduction = reduction
+        self.reduction: Reduction = reduction
         self.gather = gather
         self.max_nodes = max_nodes
         self.adaptors = nn.ModuleList(
@@ -252,10 +249,7 @@ class MHGDLoss(PreStageLoss):
         cls, student: Sequence[TapSpec], teacher: Sequence[TapSpec], given: dict[str, Any]
     ) -> dict[str, Any]:
         """Channel widths of both sides."""
-        return {
-            "student_channels": [spec.channels for spec in student],
-            "teacher_channels": [spec.channels for spec in teacher],
-        }
+        return channel_arguments(student, teacher)
 
     def fingerprint(self) -> dict[str, Any]:
         """The teacher's widths and the number of heads: what the network's shape follows from."""
@@ -311,7 +305,7 @@ class MHGDLoss(PreStageLoss):
             self.network.similarities(self._split(targets.detach())),
             strict=True,
         )
-        return torch.stack([mhgd_loss(s, t, self.reduction) for s, t in pairs]).sum()  # type: ignore[arg-type]
+        return torch.stack([mhgd_loss(s, t, self.reduction) for s, t in pairs]).sum()
 
     @torch.no_grad()
     def graphs(
@@ -331,7 +325,9 @@ class MHGDLoss(PreStageLoss):
 
     def _teacher_rows(self, teacher: Sequence[Tensor]) -> Tensor:
         """The teacher's vectors of all taps side by side, ``[B, sum C_k]``."""
-        return torch.cat([teacher_vectors(self._nodes(t)) for t in teacher], dim=1)
+        return torch.cat(
+            [teacher_vectors(evenly_spaced(t, self.max_nodes)) for t in teacher], dim=1
+        )
 
     def _student_rows(self, student: Sequence[Tensor], targets: Tensor) -> Tensor:
         """The student's, adapted and aligned to the teacher's."""
@@ -339,31 +335,23 @@ class MHGDLoss(PreStageLoss):
             return targets + zero_in_graph([*student, *self.adaptors.parameters()])
         aligned = []
         for s, adaptor, target in zip(student, self.adaptors, self._split(targets), strict=True):
-            maps = self._nodes(s)
+            maps = evenly_spaced(s, self.max_nodes)
             if isinstance(adaptor, ConvAdaptor):
                 maps = adaptor(full_precision(maps if maps.dim() == 4 else maps[:, :, None, None]))
             aligned.append(student_vectors(maps, target, self.vectors))
         return torch.cat(aligned, dim=1)
 
-    def _nodes(self, maps: Tensor) -> Tensor:
-        if not 0 < self.max_nodes < len(maps):
-            return maps
-        step = torch.arange(self.max_nodes, device=maps.device)
-        return maps[step * len(maps) // self.max_nodes]
-
     def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
         return rows.split(self.teacher_channels, dim=1)
 
     def _check_taps(self, side: str, maps: Sequence[Tensor], channels: Sequence[int]) -> None:
-        check_same_length("MHGD", maps, channels)
-        for tensor, width in zip(maps, channels, strict=True):
-            check_channels("MHGD", side, tensor, width)
-            if len(tensor) != len(maps[0]):
-                fail(
-                    expected=f"MHGD to get the same samples at every {side} tap",
-                    received=f"{[len(m) for m in maps]} samples",
-                    remedy="tap one value per image at every tap, or one per box",
-                )
+        check_channels("MHGD", side, maps, channels)
+        if len({len(tensor) for tensor in maps}) > 1:
+            fail(
+                expected=f"MHGD to get the same samples at every {side} tap",
+                received=f"{[len(m) for m in maps]} samples",
+                remedy="tap one value per image at every tap, or one per box",
+            )
 
     def _warn(self) -> None:
         if not self._warned:
