@@ -29,8 +29,8 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # A host imports from these beside itself, and they from each other in this order only.
 SHARED_BY_HOSTS = ("base", "detection", "lightning")
 
-# Modules that import a name which is data: a host by the name in a config.
-IMPORT_BY_NAME = {"kd_det/hosts/base.py"}
+# Modules that import a name which is data: a host by the name in a config, a command by its own.
+IMPORT_BY_NAME = {"kd_det/hosts/base.py", "kd_det/app/main.py"}
 
 # What the lowest floors may import besides the standard library and torch.
 THIRD_PARTY = {

@@ -6,7 +6,7 @@ Trains nothing; exit status 0 if the run is ready, 1 if it is not, 2 for a mista
 
 import sys
 
-from kd_det.app.preflight import main
+from kd_det.app.main import run_command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("preflight"))

@@ -6,7 +6,7 @@ One HTML page and the same as Markdown, from what runs leave on disk, on every h
 
 import sys
 
-from kd_det.app.report import main
+from kd_det.app.main import run_command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("report"))

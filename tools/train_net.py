@@ -6,7 +6,7 @@ Runs every host, and under ``torchrun`` too.
 
 import sys
 
-from kd_det.app.train import main
+from kd_det.app.main import run_command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("train"))

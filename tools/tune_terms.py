@@ -6,7 +6,7 @@ One key after the other, each with the best values of those before, on every hos
 
 import sys
 
-from kd_det.app.tune import main
+from kd_det.app.main import run_command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("tune"))

@@ -6,7 +6,7 @@ Maps, attention, masks, RoIs, graphs and logits of teacher and student, on every
 
 import sys
 
-from kd_det.app.visualize import main
+from kd_det.app.main import run_command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("visualize"))

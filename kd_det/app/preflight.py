@@ -1,4 +1,4 @@
-"""The command line of preflight; ``tools/preflight.py`` only calls :func:`main`."""
+"""The command line of preflight."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ writes nothing but its report. Of a config with STAGES it looks at the first. Ov
 keys come last."""
 _EXAMPLE = """\
 example:
-  python tools/preflight.py --config-file configs/digits_torchvision/reviewkd_kd_frcnn.yaml"""
+  %(prog)s --config-file configs/digits_torchvision/reviewkd_kd_frcnn.yaml"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Look. Returns 0 if the run is ready, 1 if not, and 2 for a mistake in the input."""
-    args = argument_parser().parse_args(argv)
+    args = argument_parser(prog).parse_args(argv)
     settings = Settings(args.batches, args.images, args.seconds)
     try:
         _check(settings)
@@ -41,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if report.ready else 1
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    """The config as in ``train_net.py``, and how far to look."""
+def argument_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The config as in training, and how far to look."""
     defaults = Settings()
-    parser = config_parser(_DESCRIPTION, _EXAMPLE)
+    parser = config_parser(_DESCRIPTION, _EXAMPLE, prog)
     parser.add_argument(
         "--batches", type=int, default=defaults.batches, metavar="K",
         help=f"training batches to measure terms on ({defaults.batches})",

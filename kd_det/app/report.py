@@ -1,4 +1,4 @@
-"""The command line of ``tools/report.py``."""
+"""The command line of the report."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from kd_det.core.errors import KDError
 from kd_det.report.build import write_report
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    """Of ``tools/report.py``."""
+def argument_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The runs to compare, and where the page goes."""
     parser = argparse.ArgumentParser(
+        prog=prog,
         description="One page about finished runs: what the distillation bought, and its cost.",
-        epilog="example: python tools/report.py outputs/reviewkd_seed* "
+        epilog="example: %(prog)s outputs/reviewkd_seed* "
         "--baseline outputs/baseline_seed* --teacher outputs/teacher",
     )
     parser.add_argument(
@@ -35,9 +36,9 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Write a report. Returns the exit status: 2 for a mistake in the input."""
-    args = argument_parser().parse_args(argv)
+    args = argument_parser(prog).parse_args(argv)
     try:
         page = write_report(
             args.runs, args.baseline, args.teacher, args.output, measure=not args.no_measure

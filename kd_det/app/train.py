@@ -1,4 +1,4 @@
-"""The one command line of all hosts; ``tools/train_net.py`` only calls :func:`main`."""
+"""The command line of training and evaluation, the same for all hosts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from kd_det.run.plan import Host, read_plan, run_plan
 _DESCRIPTION = "Train or evaluate a distilled detector or classifier."
 _EXAMPLE = """\
 example:
-  python tools/train_net.py --config-file configs/reviewkd_frcnn_r50_r101.yaml --num-gpus 4"""
+  %(prog)s --config-file configs/reviewkd_frcnn_r50_r101.yaml --num-gpus 4"""
 
 
-def argument_parser() -> argparse.ArgumentParser:
+def argument_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Detectron2's own flags, with the same meaning on every host."""
-    parser = config_parser(_DESCRIPTION, _EXAMPLE)
+    parser = config_parser(_DESCRIPTION, _EXAMPLE, prog)
     parser.add_argument("--resume", action="store_true", help="continue the run in OUTPUT_DIR")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS only")
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs per machine (default 1)")
@@ -37,9 +37,9 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the host a config names. Returns the exit status: 2 for a mistake in the input."""
-    args = argument_parser().parse_args(argv)
+    args = argument_parser(prog).parse_args(argv)
     try:
         host = read_host(args.config_file)
         if host == "detectron2":

@@ -1,4 +1,4 @@
-"""The command line of the search; ``tools/tune_terms.py`` only calls :func:`main`."""
+"""The command line of the search."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ The best loss weights of a run, one key after the other, each with the best of t
 It can be interrupted and started again. Overrides of config keys come last."""
 _EXAMPLE = """\
 example:
-  python tools/tune_terms.py --config-file configs/digits_torchvision/reviewkd_kd_frcnn.yaml \\
+  %(prog)s --config-file configs/digits_torchvision/reviewkd_kd_frcnn.yaml \\
       --keys KD.TERMS.review.WEIGHT KD.TERMS.roi_logits.WEIGHT --values 0.1 0.3 1 3 \\
       --seeds 1 2 --output outputs/tune"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Search. Returns 2 for a mistake in the input, 130 if interrupted, 1 if a value failed."""
-    args = parse_arguments(argv)
+    args = parse_arguments(argv, prog)
     received: list[int] = []
 
     def interrupt(signum: int, frame: Any) -> None:
@@ -59,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _report(sweeps, args.output)
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    """Keys and the values to try for them, the runs, and overrides as in ``train_net.py``."""
-    parser = config_parser(_DESCRIPTION, _EXAMPLE)
+def argument_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """Keys and the values to try for them, the runs, and overrides as in training."""
+    parser = config_parser(_DESCRIPTION, _EXAMPLE, prog)
     parser.add_argument(
         "--keys", nargs="+", required=True, metavar="KEY[=V,V,...]",
         help="config keys in the order of the search, each with values of its own if wanted",
@@ -80,9 +80,11 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(
+    argv: Sequence[str] | None = None, prog: str | None = None
+) -> argparse.Namespace:
     """The command line; overrides may follow a list of numbers, too."""
-    args = argument_parser().parse_args(argv)
+    args = argument_parser(prog).parse_args(argv)
     for name, kind in (("values", float), ("seeds", int)):
         numbers, overrides = _leading(getattr(args, name), kind)
         setattr(args, name, numbers)

@@ -1,4 +1,4 @@
-"""The command line of the pictures; ``tools/visualize.py`` only calls :func:`main`."""
+"""The command line of the pictures."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Draw what a config distils: maps of teacher and student, attention, masks, RoIs,
 whatever its terms compare. Overrides of config keys come last."""
 _EXAMPLE = """\
 example:
-  python tools/visualize.py --config-file configs/digits_torchvision/reviewkd_kd_frcnn.yaml \\
+  %(prog)s --config-file configs/digits_torchvision/reviewkd_kd_frcnn.yaml \\
       --weights outputs/digits_torchvision/reviewkd_kd_frcnn/model_final.pth --output pictures"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Draw and list the files. Returns 2 for a mistake in the input."""
-    args = argument_parser().parse_args(argv)
+    args = argument_parser(prog).parse_args(argv)
     try:
         files = visualize(
             args.config_file,
@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    """The run, the images, and overrides as in ``train_net.py``."""
-    parser = config_parser(_DESCRIPTION, _EXAMPLE)
+def argument_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The run, the images, and overrides as in training."""
+    parser = config_parser(_DESCRIPTION, _EXAMPLE, prog)
     parser.add_argument(
         "--weights", default="", metavar="FILE", help="of the student (default MODEL.WEIGHTS)"
     )

@@ -120,7 +120,7 @@ def write_best(
         for parent in parents:
             node, found = node.setdefault(parent, {}), found[parent]
         node[name] = _plain(found[name])
-    comment = "# The best values found by tools/tune_terms.py; the table beside tells how sure.\n"
+    comment = "# The best values found by kd-det tune; the table beside tells how sure.\n"
     path.write_text(comment + yaml.safe_dump(content, sort_keys=False))
 
 

@@ -1,4 +1,4 @@
-"""One training run of a search: a process of ``tools/train_net.py``, and what it measured."""
+"""One training run of a search: a process of ``kd-det train``, and what it measured."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from kd_det.core.errors import KDError, fail, nearest
 from kd_det.run.folder import RESULTS
 from kd_det.tuning.space import as_text
 
-TRAIN_NET = Path(__file__).resolve().parents[2] / "tools" / "train_net.py"
+TRAIN = ("-m", "kd_det.app.main", "train")
+"""Arguments of the interpreter; the console command need not be on the path."""
 SCREEN = "screen.txt"
-_REFUSED = 2  # what train_net.py returns for a mistake in its input
+_REFUSED = 2  # what it returns for a mistake in its input
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 10.0
 
@@ -59,7 +60,7 @@ class TrainNet:
 
         Raises:
             RunError: the training broke.
-            KDError: ``train_net.py`` refused its input, or the metric is not among the results.
+            KDError: ``kd-det train`` refused its input, or the metric is not among the results.
         """
         if read_results(output) is None:
             opts = [part for key, value in values.items() for part in (key, as_text(value))]
@@ -68,7 +69,7 @@ class TrainNet:
 
     def _train(self, opts: Sequence[str], output: Path) -> None:
         screen = output / SCREEN
-        command = [sys.executable, str(TRAIN_NET), "--config-file", self.config_file]
+        command = [sys.executable, *TRAIN, "--config-file", self.config_file]
         command += ["--num-gpus", str(self.num_gpus)]
         # Also where it was cut off before its first checkpoint: its folder is not new any more.
         command += ["--resume"] if screen.exists() else []

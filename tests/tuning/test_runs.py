@@ -1,4 +1,4 @@
-"""One training run of a search, with a script in the place of ``train_net.py``."""
+"""One training run of a search, with a script in the place of ``kd-det train``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if weight != 7:
 def train_net(tmp_path, monkeypatch):
     script = tmp_path / "train_net.py"
     script.write_text(FAKE)
-    monkeypatch.setattr(runs, "TRAIN_NET", script)
+    monkeypatch.setattr(runs, "TRAIN", (str(script),))
     return TrainNet("x.yaml", ["SOLVER.MAX_ITER", "3"], "bbox/AP")
 
 
