@@ -63,20 +63,14 @@ $(INSTALLED): pyproject.toml setup.py | $(VENV)/.created
 	  $(PIP) install --no-index --no-deps --force-reinstall "$$@" detectron2 || \
 	    echo "No detectron2 wheel in $(WHEELHOUSE) fits $$($(BIN)/python --version) (pip's reason above)." >&2; \
 	fi; \
-	extras=dev; \
-	if $(PIP) show --quiet detectron2 2>/dev/null; then extras=dev,detectron2; else \
+	extras=all,dev; \
+	if $(PIP) show --quiet detectron2 2>/dev/null; then extras=all,dev,detectron2; else \
 	  echo "Detectron2: not installed, and no wheel that fits in WHEELHOUSE=$(WHEELHOUSE). Skipped; the rest works without it. Its install guide: $(D2_GUIDE)"; \
 	fi; \
 	$(PIP) install "$$@" torch torchvision -e ".[$$extras]"
 	@$(BIN)/python -c 'import torch, torchvision; torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)' || { \
 	  echo "torch and torchvision in $(VENV) were not built for each other (error above). Remove $(VENV)" \
 	       "and any lone torch wheel that pip is told to look at (WHEELHOUSE, PIP_FIND_LINKS), then try again." >&2; exit 1; }
-# opencv-python loads libGL, which a machine without a screen often lacks; the headless build does not.
-	@$(BIN)/python -c 'import cv2' 2>/dev/null || { set -e; $(FIND_LINKS); \
-	  echo "opencv-python does not load on this machine: taking opencv-python-headless in its place."; \
-	  $(PIP) uninstall --yes opencv-python; \
-	  $(PIP) install "$$@" --force-reinstall --no-deps opencv-python-headless; \
-	  $(BIN)/python -c 'import cv2'; }
 	@if $(PIP) show --quiet detectron2 2>/dev/null; then \
 	  $(BIN)/python -W ignore -c 'import detectron2.model_zoo, detectron2.modeling' || { \
 	    echo "Detectron2 in $(VENV) does not import beside this torch (error above). Build its wheel anew, or go" \

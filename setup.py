@@ -1,5 +1,8 @@
-"""For tools that still call ``setup.py``; everything is declared in pyproject.toml."""
+"""What pyproject.toml cannot say: the folder ``configs/`` is installed as ``kd_det/configs/``."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-setup()
+setup(
+    packages=[*find_packages(include=["kd_det", "kd_det.*"]), "kd_det.configs"],
+    package_dir={"kd_det.configs": "configs"},
+)

@@ -66,7 +66,9 @@ def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None =
         Its exit status: 2 where a package that it needs is not installed.
     """
     try:
-        return importlib.import_module(COMMANDS[name][0]).main(argv, prog or f"python {sys.argv[0]}")
+        return importlib.import_module(COMMANDS[name][0]).main(
+            argv, prog or f"python {sys.argv[0]}"
+        )
     except ModuleNotFoundError as error:
         extra = extra_of(error)
         if extra is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,12 @@ def read_weights(path: str | Path, keep_distiller: bool = False) -> dict[str, Te
             expected=f"weights as {', '.join(SUFFIXES)}",
             received=f"'{path}'",
             remedy="convert the file, or rename it to its true format",
+        )
+    if path.suffix == ".safetensors" and find_spec("safetensors") is None:
+        fail(
+            expected=f"the package safetensors, which reads '{path}'",
+            received="no installed package of that name",
+            remedy="pip install 'kd_det[safetensors]'",
         )
     try:
         loaded = _load(path)

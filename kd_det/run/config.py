@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from fvcore.common.config import CfgNode
 
 from kd_det.balance import build_balance
 from kd_det.core.errors import KDError, check_known, fail, nearest
 from kd_det.core.terms import Term, parse_terms
+from kd_det.run.yaml_files import config_path, load_yaml, merge_file
 
 HOSTS = ("detectron2", "torchvision_detection", "classification")
 
@@ -126,7 +126,7 @@ def read_host(config_file: str) -> str:
     Raises:
         KDError: the file is missing or not a YAML mapping, or asks for an unknown host.
     """
-    if not Path(config_file).is_file():
+    if not Path(config_path(config_file)).is_file():
         fail(
             expected="--config-file to name a file",
             received=repr(config_file),
@@ -135,29 +135,6 @@ def read_host(config_file: str) -> str:
     host = load_yaml(config_file).get("HOST", "detectron2")
     check_known("HOST", host, HOSTS)
     return host
-
-
-def load_yaml(config_file: str) -> dict[str, Any]:
-    """The mapping in a config file and its ``_BASE_``.
-
-    Raises:
-        KDError: it cannot be read as one.
-    """
-    try:
-        loaded = CfgNode.load_yaml_with_base(config_file, allow_unsafe=True)
-    except (OSError, yaml.YAMLError) as error:
-        received = " ".join(str(error).split())
-    except (TypeError, AttributeError):  # fvcore's, where the file or its base is no mapping
-        received = "something else"
-    else:
-        if isinstance(loaded, dict):
-            return loaded
-        received = type(loaded).__name__
-    fail(
-        expected=f"'{config_file}' and its _BASE_ to be YAML mappings of config keys",
-        received=received,
-        remedy="correct the file",
-    )
 
 
 def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str] = ()) -> CfgNode:
@@ -169,9 +146,8 @@ def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str] = ()) -> Cf
             :func:`kd_det.balance.build_balance` does.
     """
     known = list(_keys(cfg))
-    _check_keys(load_yaml(config_file))
     try:
-        cfg.merge_from_file(config_file)
+        merge_file(cfg, config_file)
         _merge_options(cfg, opts)
     except (KeyError, AssertionError, ValueError) as error:
         if isinstance(error, KDError):
@@ -200,20 +176,6 @@ def is_condensed(cfg: CfgNode) -> bool:
 def condensation_arguments(cfg: CfgNode) -> dict[str, Any]:
     """``KD.KCD`` as arguments of :class:`~kd_det.procedures.kcd.condensation.Condensation`."""
     return {key.lower(): value for key, value in cfg.KD.KCD.items() if key != "ENABLED"}
-
-
-def _check_keys(node: Any, where: str = "") -> None:
-    """Names of classes may be numbers, which YAML does not take for text."""
-    if not isinstance(node, dict):
-        return
-    for key, value in node.items():
-        if not isinstance(key, str):
-            fail(
-                expected=f"text as the keys{f' of {where}' if where else ''}",
-                received=f"{key!r} ({type(key).__name__})",
-                remedy=f"put it in quotes: '{key}'",
-            )
-        _check_keys(value, f"{where}.{key}" if where else key)
 
 
 def without_distillation(cfg: CfgNode) -> CfgNode:

@@ -13,6 +13,7 @@ from fvcore.common.config import CfgNode
 from kd_det.core.errors import check_known, fail
 from kd_det.hosts import base
 from kd_det.run.config import read_host
+from kd_det.run.yaml_files import config_path
 from kd_det.tuning.space import Space, as_text
 
 OWN_KEYS = ("OUTPUT_DIR", "SEED", "SEEDS")
@@ -113,7 +114,7 @@ def write_best(
 ) -> None:
     """Write the config with the overrides and the best values, based on the one that was tuned."""
     cfg = load_config(config_file, overrides, best)
-    content: dict[str, Any] = {"_BASE_": os.path.relpath(config_file, path.parent)}
+    content: dict[str, Any] = {"_BASE_": _base(config_file, path.parent)}
     for key in [*overrides[::2], *best]:
         node, found = content, cfg
         *parents, name = key.split(".")
@@ -122,6 +123,12 @@ def write_best(
         node[name] = _plain(found[name])
     comment = "# The best values found by kd-det tune; the table beside tells how sure.\n"
     path.write_text(comment + yaml.safe_dump(content, sort_keys=False))
+
+
+def _base(config_file: str, folder: Path) -> str:
+    """A shipped config keeps its name, which is the same on every machine."""
+    shipped = config_path(config_file) != config_file
+    return config_file if shipped else os.path.relpath(config_file, folder)
 
 
 def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -134,7 +134,7 @@ def test_terms_of_a_plain_student_are_not_read(cfg, write):
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("", "to be YAML mappings of config keys; received something else"),
+        ("", "to be YAML mappings of config keys; received nothing"),
         ("- a\n- b", "to be YAML mappings of config keys; received list"),
         ("SOLVER: [", "received while parsing a flow node"),
         ("_BASE_: nowhere.yaml", "nowhere.yaml"),

@@ -34,7 +34,7 @@ from kd_det.data.digits.detection import DigitsSpec, write_digits
 from kd_det.document.detections import draw_detections
 from kd_det.run.folder import FINAL
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+CONFIGS = Path("configs")  # those of the package where the working directory has none
 _TIMED_IMAGES = 30
 # Two thirds of the schedules in the configs, so that two slow cores need no quarter of an hour.
 _TEACHER_SCHEDULE = ("SOLVER.MAX_ITER", "800", "SOLVER.STEPS", "(600, 730)")
@@ -211,9 +211,9 @@ def _next_step(host_name: str) -> str:
     folder = HOSTS[host_name].configs
     return (
         "Next, with your own data in COCO format: train a teacher with\n"
-        f"  .venv/bin/python tools/train_net.py --config-file configs/{folder}/teacher_frcnn.yaml "
+        f"  kd-det train --config-file configs/{folder}/teacher_frcnn.yaml "
         'DATASETS.COCO_JSON.mine \'["path/to/train.json", "path/to/images"]\' '
         "DATASETS.TRAIN '(\"mine\",)' ...\n"
-        f"and distil from it with configs/{folder}/reviewkd_kd_frcnn.yaml; README.md, "
-        '"Your own data", has the whole recipe.'
+        f"and distil from it with configs/{folder}/reviewkd_kd_frcnn.yaml (both come with kd_det). "
+        'docs/torchvision.md, "Your own data", has the whole recipe.'
     )

@@ -11,8 +11,9 @@ from kd_det.hosts.classification.config import load_config
 from kd_det.hosts.classification.data import SOURCES, single
 from kd_det.hosts.classification.model import Statistics
 from kd_det.hosts.classification.models import build_classifier
+from kd_det.run.yaml_files import config_path
 
-_EXAMPLE = "configs/classification/digits/teacher_resnet20_x0.5.yaml"
+_EXAMPLE = "configs/classification/digits/teacher_resnet20.yaml"
 
 
 def num_classes(cfg: CfgNode) -> int:
@@ -29,8 +30,9 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     Raises:
         KDError: there is none, or this host cannot read it.
     """
-    check_teacher_config(cfg.KD.TEACHER.CONFIG_FILE, _EXAMPLE)
-    return load_config(cfg.KD.TEACHER.CONFIG_FILE)
+    config_file = config_path(cfg.KD.TEACHER.CONFIG_FILE)
+    check_teacher_config(config_file, _EXAMPLE)
+    return load_config(config_file)
 
 
 def build_teacher(cfg: CfgNode) -> tuple[FrozenTeacher, Statistics]:

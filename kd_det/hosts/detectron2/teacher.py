@@ -15,6 +15,7 @@ from kd_det.core.checkpoint import read_weights
 from kd_det.core.errors import fail, nearest
 from kd_det.core.teacher import FrozenTeacher, check_teacher_weights, load_strict
 from kd_det.hosts.detectron2.config import get_cfg
+from kd_det.run.yaml_files import config_path, merge_file
 
 # Buffers that older Detectron2 files store and newer models do not, or the reverse.
 _OPTIONAL_KEYS = ("anchor_generator.cell_anchors", "pixel_mean", "pixel_std", "num_batches_tracked")
@@ -58,7 +59,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
         KDError: there is none.
     """
     teacher_cfg = get_cfg()
-    teacher_cfg.merge_from_file(str(find_config(cfg.KD.TEACHER.CONFIG_FILE)))
+    merge_file(teacher_cfg, str(find_config(cfg.KD.TEACHER.CONFIG_FILE)))
     teacher_cfg.defrost()
     teacher_cfg.KD.ENABLED = False  # a distilled student may teach in turn
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
@@ -71,8 +72,9 @@ def find_config(name: str) -> Path:
     Raises:
         KDError: neither exists.
     """
-    if name and Path(name).is_file():
-        return Path(name)
+    path = Path(config_path(name))
+    if name and path.is_file():
+        return path
     from detectron2 import model_zoo
 
     try:

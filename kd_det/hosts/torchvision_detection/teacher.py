@@ -14,6 +14,7 @@ from kd_det.core.teacher import (
 )
 from kd_det.hosts.torchvision_detection.config import load_config
 from kd_det.hosts.torchvision_detection.models import build_model
+from kd_det.run.yaml_files import config_path
 
 _EXAMPLE = "configs/digits_torchvision/teacher_frcnn.yaml"
 
@@ -24,8 +25,9 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     Raises:
         KDError: there is none, or this host cannot read it.
     """
-    check_teacher_config(cfg.KD.TEACHER.CONFIG_FILE, _EXAMPLE)
-    return load_config(cfg.KD.TEACHER.CONFIG_FILE)
+    config_file = config_path(cfg.KD.TEACHER.CONFIG_FILE)
+    check_teacher_config(config_file, _EXAMPLE)
+    return load_config(config_file)
 
 
 def build_teacher(cfg: CfgNode) -> FrozenTeacher:
