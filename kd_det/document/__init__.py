@@ -1,1 +1,1 @@
-"""What reports are written with: pictures, tables and pages."""
+"""Documents of blocks, as HTML pages, Markdown files and terminal output, and their pictures."""

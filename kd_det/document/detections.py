@@ -1,13 +1,15 @@
-"""What models see on images: boxes and classes, one column per model."""
+"""Pictures of images with detections: boxes and classes."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 import torch
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
 from kd_det.bench.workbench import Detections
@@ -18,8 +20,10 @@ from matplotlib import pyplot as plt
 
 MIN_SCORE = 0.5
 
+_CELL = 2.6  # inches
 _LEGIBLE = 480  # labels are legible on images of this width: smaller ones are enlarged
 _FONT_SIZE = 26
+_QUALITY = 85  # of a JPEG
 
 
 def draw_detections(
@@ -36,28 +40,57 @@ def draw_detections(
         path: the PNG to write.
         names: of the classes; their indices are shown without them.
     """
-    figure, grid = plt.subplots(
-        len(images),
-        len(columns),
-        figsize=(2.6 * len(columns), 2.6 * len(images) + 0.4),
-        squeeze=False,
-        layout="constrained",
-    )
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for column, (title, detections) in enumerate(columns.items()):
-        grid[0][column].set_title(title, fontsize=12)
-        for row, (image, found) in enumerate(zip(images, detections, strict=True)):
-            drawn = annotated(image, found, names)
-            grid[row][column].imshow(drawn.permute(1, 2, 0).numpy())
-    figure.suptitle(f"Detections with a score of at least {MIN_SCORE}", fontsize=10)
+    rows = zip(images, *columns.values(), strict=True)
+    drawn = [[annotated(image, one, names) for one in detections] for image, *detections in rows]
+    draw_grid(drawn, path, columns=list(columns), detections=True)
+
+
+def draw_grid(
+    images: Sequence[Sequence[Tensor]],
+    path: Path,
+    columns: Sequence[str] = (),
+    rows: Sequence[str] = (),
+    labels: Sequence[Sequence[str]] = (),
+    detections: bool = False,
+) -> None:
+    """Images in rows and columns.
+
+    Args:
+        images: uint8 RGB ``[3, H, W]``, row by row.
+        path: the PNG to write.
+        columns: a title above each column.
+        rows: a title to the left of each row.
+        labels: a text below each image.
+        detections: name the threshold of their score above the images.
+    """
+    shape = len(images), len(images[0])
+    size = (_CELL * shape[1], _CELL * shape[0] + 0.5)
+    figure, grid = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
+    for at, axes in enumerate(grid.flat):
+        row, column = divmod(at, shape[1])
+        axes.imshow(images[row][column].permute(1, 2, 0).numpy())
+        axes.set(xticks=[], yticks=[], xlabel=labels[row][column] if labels else "")
+        axes.spines[:].set_visible(False)
+    for axes, title in zip(grid[0], columns, strict=False):
+        axes.set_title(title, fontsize=12)
+    for axes, title in zip(grid[:, 0], rows, strict=False):
+        axes.set_ylabel(title, fontsize=12)
+    if detections:
+        figure.suptitle(f"Detections with a score of at least {MIN_SCORE}", fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
+def jpeg(image: Tensor) -> bytes:
+    """A uint8 RGB image ``[3, H, W]`` as a file."""
+    buffer = io.BytesIO()
+    to_pil_image(image.cpu()).save(buffer, "JPEG", quality=_QUALITY)
+    return buffer.getvalue()
+
+
 def annotated(
     image: Tensor,
-    found: Detections,
+    detections: Detections,
     names: Sequence[str] | None = None,
     colours: Sequence[tuple[int, int, int]] | None = None,
 ) -> Tensor:
@@ -65,7 +98,7 @@ def annotated(
 
     Args:
         image: uint8 RGB ``[3, H, W]``.
-        found: detections in its pixels.
+        detections: boxes in its pixels.
         names: of the classes; their indices are shown without them.
         colours: RGB of each detection; default one per class.
 
@@ -75,10 +108,10 @@ def annotated(
     scale = max(1, round(_LEGIBLE / image.shape[-1]))
     large = torch.nn.functional.interpolate(image[None].float(), scale_factor=scale, mode="nearest")
     large = large[0].to(torch.uint8)
-    keep = found.scores >= MIN_SCORE
+    keep = detections.scores >= MIN_SCORE
     if not keep.any():
         return large
-    classes = [int(k) for k in found.classes[keep]]
+    classes = [int(k) for k in detections.classes[keep]]
     if colours is None:
         palette = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
         shown = [tuple(int(255 * c) for c in palette[k % 10]) for k in classes]
@@ -86,7 +119,7 @@ def annotated(
         shown = [colour for colour, kept in zip(colours, keep.tolist(), strict=True) if kept]
     return draw_bounding_boxes(
         large,
-        found.boxes[keep] * scale,
+        detections.boxes[keep] * scale,
         labels=[names[k] if names else str(k) for k in classes],
         colors=shown,
         width=3,

@@ -1,7 +1,7 @@
-"""How a model answers for objects whose class is known, in one form for detectors and classifiers.
+"""What a model predicts for objects of known class, in one form for detectors and classifiers.
 
 Shapes: G objects of an image (of a classifier: 1), K_s classes of the student, K_t of the model
-that answers.
+that is asked.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
 from kd_det.bench.workbench import Detections, Side, Workbench
+from kd_det.document.detections import annotated, draw_grid
 
 _MATCH_IOU = 0.5
 
@@ -36,18 +38,18 @@ class Example:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model says about the objects of an example.
+    """What a model predicts for the objects of an example.
 
     Attributes:
         classes: ``[G]`` true classes of the student.
         confidence: ``[G, K_t]``: of each object the largest score of a detection of that class
             that overlaps it by half (IoU), or the probability a classifier gives to the class.
-        said: detections, or a classifier's probabilities ``[K_t]``, on the CPU.
+        prediction: detections, or a classifier's probabilities ``[K_t]``, on the CPU.
     """
 
     classes: Tensor
     confidence: Tensor
-    said: Detections | Tensor
+    prediction: Detections | Tensor
 
 
 def examples(bench: Workbench, count: int) -> list[Example]:
@@ -55,16 +57,22 @@ def examples(bench: Workbench, count: int) -> list[Example]:
     return list(itertools.islice(_examples(bench), count))
 
 
-def ask(bench: Workbench, side: Side, asked: Sequence[Example], num_classes: int) -> list[Answer]:
-    """Let a model look at examples.
-
-    Args:
-        bench: the run.
-        side: whose model.
-        asked: what to look at.
-        num_classes: K_t.
-    """
-    return [_answer(bench.predict(side, e.picture), e, num_classes) for e in asked]
+def answer(bench: Workbench, side: Side, example: Example, num_classes: int) -> Answer:
+    """The prediction of a side's model, with ``num_classes`` classes, for one example."""
+    prediction = bench.predict(side, example.picture)
+    if isinstance(prediction, Tensor):
+        prediction = prediction.detach().float().cpu()
+        return Answer(example.classes, prediction.reshape(1, -1), prediction)
+    assert example.boxes is not None
+    boxes, classes, scores = (
+        part.detach().cpu() for part in (prediction.boxes, prediction.classes, prediction.scores)
+    )
+    overlaps = box_iou(example.boxes.float(), boxes.float()) >= _MATCH_IOU
+    confidence = torch.zeros(len(example.classes), num_classes)
+    for column in classes.unique().tolist():
+        own = classes == column
+        confidence[:, column] = (overlaps[:, own] * scores[own].float()).max(dim=1).values
+    return Answer(example.classes, confidence, Detections(boxes, classes, scores))
 
 
 def truth_confidence(answers: Sequence[Answer], indices: Sequence[int]) -> Tensor:
@@ -76,71 +84,89 @@ def truth_confidence(answers: Sequence[Answer], indices: Sequence[int]) -> Tenso
     """
     columns = torch.tensor(indices)
     means = []
-    for answer in answers:
-        places = columns[answer.classes]
-        own = answer.confidence[torch.arange(len(places)), places.clamp(min=0)]
+    for one in answers:
+        places = columns[one.classes]
+        own = one.confidence[torch.arange(len(places)), places.clamp(min=0)]
         means.append((own * (places >= 0)).mean())
     return torch.stack(means)
 
 
 def agreed(answers: Sequence[Answer], indices: Sequence[int]) -> list[int]:
-    """Per class of the student, the class a model is surest of where there is such an object.
+    """Per class of the student, the class in which a model is most confident for its objects.
 
-    With classes in another order than their names say, these are the right ones.
+    These are the right indices even where the classes are in another order than their names.
 
     Args:
         answers: of one model.
         indices: taken for classes of which there is no object.
     """
-    found = list(indices)
+    result = list(indices)
     truth = torch.cat([a.classes for a in answers])
     confidence = torch.cat([a.confidence for a in answers])
     for k in truth.unique().tolist():
-        found[k] = int(confidence[truth == k].mean(dim=0).argmax())
-    return found
+        result[k] = int(confidence[truth == k].mean(dim=0).argmax())
+    return result
 
 
 def confusion(answers: Sequence[Answer], floor: float) -> Tensor:
-    """Counts ``[K_s, K_t]`` of objects by true class and by the class a model answers.
+    """Counts ``[K_s, K_t]`` of objects by true class and by the predicted class.
 
     Args:
         answers: of one model.
         floor: objects for which no class has this confidence are left out.
     """
     truth = torch.cat([a.classes for a in answers])
-    best, said = torch.cat([a.confidence for a in answers]).max(dim=1)
+    best, predicted = torch.cat([a.confidence for a in answers]).max(dim=1)
     counts = torch.zeros(int(truth.max()) + 1, answers[0].confidence.shape[1], dtype=torch.long)
-    seen = best >= floor
-    ones = torch.ones(int(seen.sum()), dtype=torch.long)
-    return counts.index_put((truth[seen], said[seen]), ones, accumulate=True)
+    sure = best >= floor
+    ones = torch.ones(int(sure.sum()), dtype=torch.long)
+    return counts.index_put((truth[sure], predicted[sure]), ones, accumulate=True)
+
+
+def draw_answers(
+    examples: Sequence[Example],
+    answers: Sequence[Answer],
+    student_names: Sequence[str] | None,
+    teacher_names: Sequence[str] | None,
+    path: Path,
+) -> None:
+    """Two rows: the annotations of training images, and the teacher's predictions for them.
+
+    Args:
+        examples: the images.
+        answers: the teacher's, one per image.
+        student_names: of the classes that annotations use; None shows indices.
+        teacher_names: of the teacher's own classes; likewise.
+        path: the PNG to write.
+    """
+    images: list[list[Tensor]] = [[], []]
+    labels: list[list[str]] = [[], []]
+    for example, one in zip(examples, answers, strict=True):
+        if isinstance(one.prediction, Detections):
+            assert example.boxes is not None
+            truth = Detections(example.boxes, example.classes, torch.ones(len(example.classes)))
+            images[0].append(annotated(example.picture, truth, student_names))
+            images[1].append(annotated(example.picture, one.prediction, teacher_names))
+            texts = ("", "")
+        else:
+            true, best = int(example.classes[0]), int(one.prediction.argmax())
+            images[0].append(example.picture)
+            images[1].append(example.picture)
+            named = teacher_names[best] if teacher_names else str(best)
+            texts = (
+                student_names[true] if student_names else str(true),
+                f"{named} ({float(one.prediction[best]):.2f})",
+            )
+        for labels_of_row, text in zip(labels, texts, strict=True):
+            labels_of_row.append(text)
+    detections = isinstance(answers[0].prediction, Detections)
+    draw_grid(images, path, rows=("annotation", "teacher"), labels=labels, detections=detections)
 
 
 def _examples(bench: Workbench) -> Iterator[Example]:
     for batch in bench.batches():
-        truth = bench.ground_truth(batch)
-        pictures = bench.pictures(batch)
-        if isinstance(truth, Tensor):
-            yield from (
-                Example(picture, None, label.reshape(1).cpu())
-                for picture, label in zip(pictures, truth, strict=True)
-            )
-        else:
-            yield from (
-                Example(picture, found.boxes.cpu(), found.classes.cpu())
-                for picture, found in zip(pictures, truth, strict=True)
-                if len(found.classes)
-            )
-
-
-def _answer(said: Detections | Tensor, example: Example, num_classes: int) -> Answer:
-    if isinstance(said, Tensor):
-        said = said.detach().float().cpu()
-        return Answer(example.classes, said.reshape(1, -1), said)
-    assert example.boxes is not None
-    said = Detections(*(part.detach().cpu() for part in (said.boxes, said.classes, said.scores)))
-    overlaps = box_iou(example.boxes.float(), said.boxes.float()) >= _MATCH_IOU
-    confidence = torch.zeros(len(example.classes), num_classes)
-    for column in said.classes.unique().tolist():
-        own = said.classes == column
-        confidence[:, column] = (overlaps[:, own] * said.scores[own].float()).max(dim=1).values
-    return Answer(example.classes, confidence, said)
+        for picture, truth in zip(bench.pictures(batch), bench.ground_truth(batch), strict=True):
+            if isinstance(truth, Tensor):
+                yield Example(picture, None, truth.reshape(1).cpu())
+            elif len(truth.classes):
+                yield Example(picture, truth.boxes.cpu(), truth.classes.cpu())

@@ -1,4 +1,4 @@
-"""Time is limited: what a slow machine cannot look at in time is left out, and said so."""
+"""Limits of time: how many images and batches a machine can take in the seconds there are."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import torch
 
 Item = TypeVar("Item")
 
-_LONG = 1.0  # seconds
-
 
 def now(device: str) -> float:
     """Seconds on a clock that has waited for the device."""
@@ -22,15 +20,7 @@ def now(device: str) -> float:
 
 
 class Stopwatch:
-    """Adds up the time of blocks.
-
-    Args:
-        device: ``MODEL.DEVICE``; work that is queued on a GPU is waited for.
-
-    Attributes:
-        seconds: so far.
-        blocks: how many.
-    """
+    """The total time of blocks, of which each ends when the device has finished its work."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -53,16 +43,16 @@ class Stopwatch:
         return self.seconds / self.blocks if self.blocks else 0.0
 
 
-def timed(work: Callable[[], Item], device: str) -> tuple[Item, float]:
-    """What ``work`` gives, and the seconds it takes when it is done again.
+def timed(work: Callable[[], Item], device: str, long: float = 1.0) -> tuple[Item, float]:
+    """The result of ``work``, and its seconds in a second call.
 
-    The first time of a kind is slower, most of all on a GPU. Where a CPU needs long, the first
-    time must do.
+    First calls are slower, most of all on a GPU. One of more than ``long`` seconds on a CPU counts
+    itself.
     """
     watch = Stopwatch(device)
     with watch.running():
         result = work()
-    if device.startswith("cuda") or watch.seconds < _LONG:
+    if device.startswith("cuda") or watch.seconds < long:
         watch = Stopwatch(device)
         with watch.running():
             result = work()
@@ -70,12 +60,10 @@ def timed(work: Callable[[], Item], device: str) -> tuple[Item, float]:
 
 
 def within(items: Iterable[Item], seconds: float, at_least: int = 1) -> Iterator[Item]:
-    """Items as long as another one of average length still fits into ``seconds``.
+    """Items as long as another one of average duration still fits into ``seconds``.
 
-    Args:
-        items: what to work on; the work between two items counts.
-        seconds: the time there is.
-        at_least: as many items are given however long they take.
+    The duration of an item is the time until the next one is requested. The first ``at_least``
+    items come in any case.
     """
     start = time.perf_counter()
     for done, item in enumerate(items):

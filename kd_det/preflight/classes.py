@@ -1,4 +1,4 @@
-"""The class lists: which class of the teacher teaches which of the student, and does it say so."""
+"""Checks of the class lists: which class of the teacher corresponds to which of the student."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from kd_det.preflight.answers import confusion
 from kd_det.preflight.context import Context
 from kd_det.preflight.findings import Section, counted
 
-_SURE = 0.3  # confidence from which an object counts as answered
-_ENOUGH = 3  # answered objects of a class that allow a judgement
+_SURE = 0.3  # least confidence for which an object counts as found
+_ENOUGH = 3  # found objects of a class that allow a judgement
 _ENOUGH_IN_ALL = 20
-# A class is answered by another one where at most this share is right and this share agrees.
+# A class is taken for another one where at most the first share of its objects is named rightly
+# and at least the second share is given the same other class.
 _RIGHT, _AGREED = 0.3, 0.6
 
 
@@ -27,19 +28,19 @@ def inspect_classes(section: Section, context: Context) -> None:
     students, teachers = bench.class_names("student"), bench.class_names("teacher")
     indices = context.indices
     if indices is None:
-        section.note("nothing is known about how the classes of both sides correspond")
+        section.note("the correspondence of the classes of both sides is not known")
         return
     own = students or [f"class {k}" for k in range(len(indices))]
     others = teachers or [f"class {k}" for k in range(context.num_classes("teacher"))]
     counts = confusion(context.answers, _SURE) if context.answers else None
     section.table(
-        "The teacher's class of each of the student's classes, and what it answers to objects of "
+        "The teacher's class of each of the student's classes, and its predictions for objects of "
         f"{counted(len(context.answers), 'training image')}",
-        ("", "student", "", "teacher", "objects answered", "rightly", "mostly as"),
+        ("", "student", "", "teacher", "objects found", "named rightly", "mostly as"),
         [
             (
                 *(str(k), own[k], str(t) if t >= 0 else "-", others[t] if t >= 0 else "none"),
-                *_answered(counts, k, t, others),
+                *_predicted(counts, k, t, others),
             )
             for k, t in enumerate(indices)
         ],
@@ -89,14 +90,14 @@ def _judge_answers(
     comparable = torch.tensor([t >= 0 for t in indices[: len(counts)]])
     total = int(counts[comparable].sum())
     for k, row in enumerate(counts):
-        answered, place = int(row.sum()), indices[k]
-        if answered < _ENOUGH or place < 0:
+        found, place = int(row.sum()), indices[k]
+        if found < _ENOUGH or place < 0:
             continue
         judged += 1
         most = int(row.argmax())
-        if most != place and row[place] <= _RIGHT * answered and row[most] >= _AGREED * answered:
+        if most != place and row[place] <= _RIGHT * found and row[most] >= _AGREED * found:
             wrong.append(
-                f"to objects of '{own[k]}' the teacher answers with its class {most} "
+                f"objects of '{own[k]}' are predicted as the teacher's class {most} "
                 f"('{others[most]}')"
             )
     if len(wrong) > 1:
@@ -107,7 +108,7 @@ def _judge_answers(
             "categories of its training data)"
         )
     elif wrong:
-        section.warn(f"one class is answered by another: {wrong[0]}")
+        section.warn(f"one class is taken for another: {wrong[0]}")
     elif total >= _ENOUGH_IN_ALL and right <= _RIGHT * total:
         section.error(
             f"the teacher names only {right} of the {total} objects it finds rightly: its class "
@@ -119,7 +120,7 @@ def _judge_answers(
         section.note(f"too few objects ({total}) to judge the order of the teacher's classes")
 
 
-def _answered(
+def _predicted(
     counts: Tensor | None, own: int, place: int, others: Sequence[str]
 ) -> tuple[str, str, str]:
     if counts is None or own >= len(counts) or not int(counts[own].sum()):

@@ -1,4 +1,4 @@
-"""What the sections of preflight share while they work."""
+"""Settings of preflight, and the state that its sections share."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from kd_det.preflight.steps import Steps
 
 @dataclass(frozen=True)
 class Settings:
-    """How far preflight looks.
+    """The extent of preflight.
 
     Attributes:
         batches: training batches on which terms are measured.
-        images: images on which models are asked and evaluated.
+        images: training images for predictions, and validation images for evaluation.
         seconds: fewer images and batches are taken where they would need longer than about this
-            in all, beside what building the models takes.
+            in all, without the time to build the models.
         share: of the gradient that a proposed weight gives a term.
     """
 
@@ -34,19 +34,16 @@ class Settings:
 
 @dataclass
 class Context:
-    """A run, and what earlier sections have found out about it.
+    """A run, and the results of earlier sections.
 
     Attributes:
         cfg: the run's config as it is; that of ``bench`` loads data in this process.
-        bench: the run.
-        settings: how far to look.
-        picture: where the teacher's picture goes; None draws none.
+        picture: file for the picture of the teacher's predictions; None draws none.
         indices: per class of the student the teacher's index of it, -1 where it has none; None
-            before the teacher was asked.
-        examples: training images that were shown to the teacher.
-        answers: what it said, under the input that suits it best.
+            before the teacher's section.
+        examples: training images.
+        answers: predictions of the teacher for them, under the input with the best ones.
         seconds_per_image: of an evaluation, by side.
-        steps: measured training steps.
     """
 
     cfg: CfgNode
@@ -61,7 +58,7 @@ class Context:
 
     @property
     def shares_classes(self) -> bool:
-        """Whether the teacher has any of the student's classes, as far as that is known."""
+        """Whether the teacher may have any of the student's classes."""
         return self.indices is None or any(index >= 0 for index in self.indices)
 
     def num_classes(self, side: Side) -> int:

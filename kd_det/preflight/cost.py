@@ -1,4 +1,4 @@
-"""What the run costs: the time of an iteration, memory, hours, and what could be saved."""
+"""Cost of the run: time of an iteration by part, memory, hours, and possible savings."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_det.bench.looks import evaluating
 from kd_det.bench.workbench import Side, latency, macs, side_model
-from kd_det.preflight.budget import Stopwatch, now
+from kd_det.preflight.budget import Stopwatch, timed
 from kd_det.preflight.context import Context
 from kd_det.preflight.findings import Section, counted
 from kd_det.preflight.steps import Steps
 
 _PARTS = ("data", "student", "teacher", "losses", "backward")
-# A forward in half precision can take minutes on a CPU that cannot do it.
+# A forward in half precision can take minutes on a CPU without instructions for it.
 _CROP = 128  # pixels
-_LONG = 0.5  # seconds of a forward that is measured once
+_LONG = 0.5  # seconds of a forward that is measured only once
 
 
 def inspect_cost(section: Section, context: Context) -> None:
@@ -59,9 +59,8 @@ def inspect_cost(section: Section, context: Context) -> None:
     }
     kind = "of GPU memory" if context.device.startswith("cuda") else "of this process's memory"
     section.note(
-        f"{hours:,.2g} hours for {iterations:,} iterations on this device, without evaluation"
-        if hours < 10
-        else f"{hours:,.0f} hours for {iterations:,} iterations on this device, without evaluation"
+        f"{hours:,.{'2g' if hours < 10 else '0f'}} hours for {iterations:,} iterations on this "
+        "device, without evaluation"
     )
     section.note(
         f"peak {kind} in a step of {counted(steps.images, 'image')}: {steps.memory:,.0f} MiB"
@@ -72,10 +71,10 @@ def inspect_cost(section: Section, context: Context) -> None:
 
 
 def iteration_seconds(seconds: Mapping[str, float], workers: int) -> float:
-    """Time of an iteration; loader processes work while the model does.
+    """Time of an iteration; loader processes run beside the model.
 
     Args:
-        seconds: of its parts, ``"data"`` being what one process needs to load a batch.
+        seconds: of its parts; ``"data"`` is the time of one process to load a batch.
         workers: ``DATALOADER.NUM_WORKERS``; with 0 the training process loads.
     """
     compute = sum(value for part, value in seconds.items() if part != "data")
@@ -87,7 +86,7 @@ def _savings(
 ) -> None:
     workers = context.cfg.DATALOADER.NUM_WORKERS
     iteration = iteration_seconds(seconds, workers)
-    # Where the loader is what an iteration waits for, it saves little to compute less.
+    # Less computation saves little where an iteration waits for the loader.
     alone = iteration_seconds({**seconds, "teacher": 0.0, "losses": 0.0}, workers)
     section.data["without_distillation"] = alone
     section.note(
@@ -115,7 +114,7 @@ def _savings(
 
 
 def _half_precision(context: Context, steps: Steps) -> tuple[float | None, str]:
-    """Time of the teacher's backbone in half precision, relative to that in full."""
+    """Time of the teacher's backbone in half precision relative to full, and the dtype's name."""
     x = steps.teacher_input
     if x is None:
         return None, ""
@@ -128,17 +127,9 @@ def _half_precision(context: Context, steps: Steps) -> tuple[float | None, str]:
 
     def seconds(enabled: bool) -> float:
         with evaluating(part), torch.autocast(x.device.type, dtype, enabled=enabled):
-            # The first forward of a kind takes longer.
-            first = _forward_seconds(part, x, context.device)
-            return first if first > _LONG else _forward_seconds(part, x, context.device)
+            return timed(lambda: part(x), context.device, _LONG)[1]
 
     return seconds(True) / seconds(False), str(dtype).removeprefix("torch.")
-
-
-def _forward_seconds(part: nn.Module, x: Tensor, device: str) -> float:
-    start = now(device)
-    part(x)
-    return now(device) - start
 
 
 def _models(section: Section, context: Context) -> None:
@@ -148,7 +139,7 @@ def _models(section: Section, context: Context) -> None:
         watch = Stopwatch(context.device)
         with watch.running():
             count = macs(context.bench, side) / 1e9
-        # Where a forward takes long, counting adds nothing to its time.
+        # The overhead of counting is negligible in a long forward.
         quick = watch.seconds < _LONG
         elapsed = latency(context.bench, side) if quick else watch.seconds
         section.data[side] = {"seconds": elapsed, "gmacs": count}

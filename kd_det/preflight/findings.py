@@ -1,51 +1,13 @@
-"""What preflight finds, as plain data: findings and tables in sections, and a verdict."""
+"""The result of preflight as data: sections of findings, tables and numbers, and a verdict."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-_NUMBER = re.compile(r"-?[\d,]*\.?\d+(e[+-]?\d+)?%?")
-
-Level = Literal["error", "warning", "ok", "note"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One sentence about the run.
-
-    Attributes:
-        level: ``error`` (do not train), ``warning`` (look at it), ``ok`` (checked and good) or
-            ``note`` (nothing to judge).
-        section: title of the section it belongs to.
-        message: the sentence.
-    """
-
-    level: Level
-    section: str
-    message: str
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of texts; numbers are formatted where their meaning is known.
-
-    Attributes:
-        title: above it.
-        columns: headings.
-        rows: as many cells as columns.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def is_numeric(self, column: int) -> bool:
-        """Whether all cells of a column are numbers, or stand for none."""
-        cells = [row[column] for row in self.rows]
-        return any(cells) and all(cell in ("", "-") or _NUMBER.fullmatch(cell) for cell in cells)
+from kd_det.document import blocks
+from kd_det.document.blocks import Finding, Level, Picture, Table, row
 
 
 @dataclass
@@ -56,7 +18,7 @@ class Section:
         title: its heading.
         findings: in the order they were made.
         tables: likewise.
-        picture: file name of a picture beside the report, or empty.
+        picture: shown below them; its file lies beside the report.
         data: the numbers behind the tables, ready for JSON.
         seconds: how long it took.
     """
@@ -64,29 +26,51 @@ class Section:
     title: str
     findings: list[Finding] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
-    picture: str = ""
+    picture: Picture | None = None
     data: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
     def error(self, message: str) -> None:
-        """Add what makes the run pointless."""
+        """Add a reason not to start the run."""
         self._add("error", message)
 
     def warn(self, message: str) -> None:
-        """Add what may be meant, but is worth a look."""
+        """Add a fact that may be intended, but should be looked at."""
         self._add("warning", message)
 
     def ok(self, message: str) -> None:
-        """Add what was checked and is good."""
+        """Add a check that was passed."""
         self._add("ok", message)
 
     def note(self, message: str) -> None:
-        """Add what is neither."""
+        """Add a fact that is neither good nor bad."""
         self._add("note", message)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Add a table."""
-        self.tables.append(Table(title, tuple(columns), tuple(tuple(row) for row in rows)))
+        self.tables.append(Table(title, columns, [row(*cells) for cells in rows]))
+
+    def shown(self) -> blocks.Section:
+        """The section as part of a document."""
+        parts: list[blocks.Block] = [*self.tables, blocks.Findings(self.findings)]
+        if self.picture is not None:
+            parts.append(blocks.Figure(self.picture.text, self.picture))
+        return blocks.Section(self.title, parts, f"{self.seconds:.1f} s")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The section, ready for JSON; of the picture, the name of its file."""
+        tables = [
+            {"title": t.title, "columns": t.columns, "rows": [[c.text for c in r] for r in t.rows]}
+            for t in self.tables
+        ]
+        return {
+            "title": self.title,
+            "findings": [asdict(finding) for finding in self.findings],
+            "tables": tables,
+            "picture": self.picture.name if self.picture else "",
+            "data": self.data,
+            "seconds": self.seconds,
+        }
 
     def _add(self, level: Level, message: str) -> None:
         self.findings.append(Finding(level, self.title, message))
@@ -94,10 +78,10 @@ class Section:
 
 @dataclass
 class Preflight:
-    """Everything preflight found.
+    """The whole result.
 
     Attributes:
-        name: of the run, for headings: its config file or output folder.
+        name: output folder of the run.
         host: ``cfg.HOST``.
         sections: in the order of the work.
         seconds: how long it took.
@@ -110,17 +94,17 @@ class Preflight:
 
     @property
     def errors(self) -> list[Finding]:
-        """Findings that make the run pointless."""
-        return [finding for finding in self._findings() if finding.level == "error"]
+        """Reasons not to start the run."""
+        return self._findings("error")
 
     @property
     def warnings(self) -> list[Finding]:
-        """Findings that are worth a look."""
-        return [finding for finding in self._findings() if finding.level == "warning"]
+        """Facts that should be looked at."""
+        return self._findings("warning")
 
     @property
     def ready(self) -> bool:
-        """Whether nothing speaks against the run."""
+        """Whether there are no errors."""
         return not self.errors
 
     @property
@@ -136,15 +120,36 @@ class Preflight:
         """The section of a title."""
         return next(section for section in self.sections if section.title == title)
 
+    def shown_verdict(self) -> blocks.Verdict:
+        """The verdict with the findings that it counts."""
+        level: Level = "error" if self.errors else "warning" if self.warnings else "ok"
+        findings = [*self.errors, *self.warnings]
+        return blocks.Verdict(level, self.verdict, findings, f"{self.seconds:.0f} seconds")
+
+    def shown(self) -> blocks.Document:
+        """The result as a document."""
+        sections = [section.shown() for section in self.sections]
+        return blocks.Document(
+            f"Preflight: {self.verdict}",
+            f"{self.name} · {self.host}",
+            [blocks.Section("Verdict", [self.shown_verdict()]), *sections],
+        )
+
     def as_dict(self) -> dict[str, Any]:
-        """The same, ready for JSON."""
-        return {"verdict": self.verdict, "ready": self.ready, **asdict(self)}
+        """The result, ready for JSON."""
+        return {
+            "verdict": self.verdict,
+            "ready": self.ready,
+            "name": self.name,
+            "host": self.host,
+            "sections": [section.as_dict() for section in self.sections],
+            "seconds": self.seconds,
+        }
 
-    def _findings(self) -> Iterator[Finding]:
-        for section in self.sections:
-            yield from section.findings
+    def _findings(self, level: Level) -> list[Finding]:
+        return [f for section in self.sections for f in section.findings if f.level == level]
 
 
-def counted(number: int, noun: str) -> str:
-    """``"1 image"``, ``"2 images"``; a plural in s."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def counted(number: int, noun: str, plural: str = "s") -> str:
+    """``"1 image"``, ``"2 images"``."""
+    return f"{number} {noun}{'' if number == 1 else plural}"

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
+import math
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
 from rich.console import Console
 
 from kd_det.core.errors import fail
+from kd_det.core.files import replace_text, writable_folder
+from kd_det.document.page import html
+from kd_det.document.terminal import print_block, print_section
 from kd_det.preflight.context import Settings
 from kd_det.preflight.findings import Preflight, Section
-from kd_det.preflight.page import HTML, PICTURE, prepare_folder, write_report
-from kd_det.preflight.render import show_section, show_verdict
 from kd_det.preflight.run import run_preflight
 from kd_det.run.folder import PREFLIGHT
+
+HTML, JSON, PICTURE = FILES = ("preflight.html", "preflight.json", "teacher.png")
 
 
 def preflight(
@@ -35,16 +41,16 @@ def preflight(
         output: folder of the report: new, empty, or with an earlier report in it.
         settings: how far to look.
         console: where to print; standard output by default.
-        remark: what to note at the beginning; nothing if empty.
+        remark: a note at the beginning; none if empty.
 
     Raises:
-        KDError: the folder cannot be used. Whatever is wrong with the run is in the report.
+        KDError: the folder cannot be used. Mistakes in the run are part of the report.
     """
     prepare_folder(output)
     (output / PICTURE).unlink(missing_ok=True)  # an earlier report's; the others are replaced
     console = console or Console(file=sys.stdout)
-    # What libraries have to say about a run that is only looked at is of no use here.
-    loud = logging.root.manager.disable
+    # Messages of libraries about a run that is not started are of no use here.
+    disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with console.status("") as status, warnings.catch_warnings():
@@ -54,20 +60,23 @@ def preflight(
                 status.update(f"{title} ...")
 
             def done(section: Section) -> None:
-                show_section(console, section)
+                print_section(console, section.shown())
 
             report = run_preflight(cfg, settings, output / PICTURE, begin, done, remark)
     finally:
-        logging.disable(loud)
-        _free_memory()
+        logging.disable(disabled)
+        # Training may follow in this process.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     write_report(report, output)
-    show_verdict(console, report)
+    print_block(console, report.shown_verdict())
     console.print(f"Report: {output / HTML}", style="dim", soft_wrap=True)
     return report
 
 
 def require(cfg: CfgNode) -> None:
-    """Refuse to train what is not ready; for ``PREFLIGHT: True``.
+    """Refuse to train a run that is not ready; for ``PREFLIGHT: True``.
 
     Args:
         cfg: as :func:`kd_det.hosts.base.load_config` reads it. The report goes to
@@ -86,8 +95,34 @@ def require(cfg: CfgNode) -> None:
         )
 
 
-def _free_memory() -> None:
-    """Leave the GPU to the training that may follow in this process."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def prepare_folder(output: Path) -> None:
+    """Make the folder of the report, so that a mistake shows before the run is built.
+
+    Raises:
+        KDError: it cannot be written to, or holds something else than an earlier report.
+    """
+    writable_folder(output)
+    others = sorted(path.name for path in output.iterdir() if path.name not in FILES)
+    if others:
+        fail(
+            expected="a folder for the report that is new, empty, or holds an earlier report",
+            received=f"'{output}', which holds {', '.join(others[:8])}",
+            remedy="choose another one with --output",
+        )
+
+
+def write_report(report: Preflight, output: Path) -> None:
+    """Write ``preflight.json`` and ``preflight.html`` into a folder of :func:`prepare_folder`."""
+    replace_text(output / JSON, json.dumps(_plain(report.as_dict()), indent=2) + "\n")
+    replace_text(output / HTML, html(report.shown()))
+
+
+def _plain(value: Any) -> Any:
+    """The value with texts in place of infinity and nan, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

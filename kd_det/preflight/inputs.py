@@ -1,8 +1,8 @@
-"""Whether a model sees the pixels it was trained on.
+"""Whether the pixels that a model gets are of the kind that it was trained on.
 
-Two looks. The configured channel order, mean and standard deviation are compared with the
-conventions of published weights; and the model is shown the same images under other conventions:
-weights answer best under the one they were trained with.
+The configured channel order, mean and standard deviation are compared with the conventions of
+published weights; and the model predicts for the same images under other conventions: it is most
+confident under the one it was trained with.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ CONVENTIONS = {
 }
 
 _SAME = 2.0  # pixel values that a mean may differ by and still be the same convention
-# A gain in confidence that is worth a word, and one that leaves no doubt.
-_WORTH_A_LOOK, _CLEAR = 0.03, 0.1
+# Gains in confidence that make a warning and an error.
+_NOTABLE, _CLEAR = 0.03, 0.1
 _STANDARD_ERRORS = 3.0
 _FEW_IMAGES, _CLEAR_ON_FEW = 4, 0.2
 
 
 @dataclass(frozen=True)
 class Better:
-    """Another input under which a model answers better than under its own.
+    """Another input under which a model predicts better than under its own.
 
     Attributes:
-        what: it in words.
-        pixels: it in numbers.
+        what: its description.
+        pixels: the input.
         own: confidence in the true classes under the configured input, 0..1.
         other: the same under this one.
-        clear: whether there is no doubt.
+        clear: whether the gain makes an error.
     """
 
     what: str
@@ -60,45 +60,50 @@ class Better:
 
 def describe(pixels: PixelInput) -> str:
     """``"RGB, mean 123.7 116.3 103.5, std 58.4 57.1 57.4 (of 0..255)"``."""
-    mean, std = (" ".join(f"{v:g}" for v in values) for values in (pixels.mean, pixels.std))
+    mean, std = numbers(pixels.mean), numbers(pixels.std)
     return f"{pixels.order}, mean {mean}, std {std} (of 0..{pixels.scale:g})"
 
 
+def numbers(values: Sequence[float]) -> str:
+    """``"123.7 116.3 103.5"``."""
+    return " ".join(f"{v:g}" for v in values)
+
+
 def oddities(pixels: PixelInput) -> list[str]:
-    """What contradicts the conventions of published weights in a configured input."""
-    found = []
+    """Contradictions between a configured input and the conventions of published weights."""
+    sentences = []
     if not all(math.isfinite(v) and v > 0 for v in pixels.std):
-        found.append(f"a standard deviation is not positive: {describe(pixels)}")
+        sentences.append(f"a standard deviation is not positive: {describe(pixels)}")
     mean = _in_255(pixels).mean
     reverse = {"RGB": "BGR", "BGR": "RGB"}.get(pixels.order, "")
     right_way = _IMAGENET_MEAN if pixels.order == "RGB" else _IMAGENET_MEAN[::-1]
     if reverse and _near(mean, right_way[::-1]):
-        found.append(
+        sentences.append(
             f"the mean is ImageNet's in the order {reverse}, but the images are {pixels.order}: "
             f"one of INPUT.FORMAT and PIXEL_MEAN is that of other weights ({describe(pixels)})"
         )
     if pixels.scale > 1 and 0 < max(pixels.mean) <= 1:
-        found.append(f"the mean looks like one of pixels in 0..1: {describe(pixels)}")
+        sentences.append(f"the mean looks like one of pixels in 0..1: {describe(pixels)}")
     if pixels.scale <= 1 and max(pixels.mean) > 1:
-        found.append(f"the mean looks like one of pixels in 0..255: {describe(pixels)}")
-    return found
+        sentences.append(f"the mean looks like one of pixels in 0..255: {describe(pixels)}")
+    return sentences
 
 
 def alternatives(own: PixelInput, student: PixelInput) -> dict[str, PixelInput]:
-    """Inputs that a config may have been meant to say, by a description.
+    """Other inputs that the model may have been trained with, by their description.
 
     Args:
-        own: what the model's config says.
-        student: what the student expects.
+        own: the configured input.
+        student: that of the student.
     """
     other = "BGR" if own.order == "RGB" else "RGB"
-    found: dict[str, PixelInput] = {
+    candidates: dict[str, PixelInput] = {
         f"{other} instead of {own.order}": replace(own, order=other),
         "the student's channel order, mean and std": student,
         **CONVENTIONS,
     }
     distinct: dict[str, PixelInput] = {}
-    for what, pixels in found.items():
+    for what, pixels in candidates.items():
         if not any(_same(pixels, known) for known in (own, *distinct.values())):
             distinct[what] = pixels
     return distinct
@@ -106,12 +111,12 @@ def alternatives(own: PixelInput, student: PixelInput) -> dict[str, PixelInput]:
 
 @contextmanager
 def sees(model: nn.Module, own: PixelInput, other: PixelInput) -> Iterator[None]:
-    """Within the block, ``model`` gets its images as if its config said ``other``.
+    """Within the block, ``model`` gets its images as if ``other`` were configured.
 
     Args:
         model: a detector with a ``backbone``, or a classifier; its images arrive normalised.
-        own: what its config says.
-        other: what it shall see.
+        own: the configured input.
+        other: the one in its place.
     """
     entry: nn.Module = getattr(model, "backbone", model)  # type: ignore[assignment]
     mine, theirs = _in_255(own), _in_255(other)
@@ -125,7 +130,7 @@ def sees(model: nn.Module, own: PixelInput, other: PixelInput) -> Iterator[None]
         pixels = x * std + mean
         if mine.order != theirs.order:
             pixels = pixels.flip(1)
-        # What is exactly zero in all channels is padding, and stays so.
+        # Pixels of exactly zero in all channels are padding, and stay so.
         filled = (x != 0).any(dim=1, keepdim=True)
         return (torch.where(filled, (pixels - new_mean) / new_std, x), *args[1:])
 
@@ -141,14 +146,14 @@ def find_better(
     others: Mapping[str, tuple[PixelInput, Sequence[Answer]]],
     indices: Sequence[int],
 ) -> Better | None:
-    """The input under which the model is surer of the truth than under its own, if there is one.
+    """The input under which the model is more confident of the truth than under its own, or None.
 
-    The same images are compared, so that a gain is one per image; it must stand out from its
-    spread. Where the classes are only in another order, that explains more than any input does.
+    Gains are per image, as the images are the same; their mean must exceed three standard errors.
+    An input must also explain more than another order of the classes does.
 
     Args:
         own: answers under the configured input.
-        others: by a description, another input and the answers under it on the same images.
+        others: by description, another input and the answers under it on the same images.
         indices: see :func:`~kd_det.preflight.answers.truth_confidence`.
     """
     before = truth_confidence(own, indices)
@@ -156,7 +161,7 @@ def find_better(
     best: Better | None = None
     for what, (pixels, answers) in others.items():
         after = truth_confidence(answers, indices)
-        if float(after.mean()) < max(relabelled - _WORTH_A_LOOK, best.other if best else 0.0):
+        if float(after.mean()) < max(relabelled - _NOTABLE, best.other if best else 0.0):
             continue
         gain = after - before
         mean = float(gain.mean())
@@ -164,7 +169,7 @@ def find_better(
             counts = clear = mean >= _CLEAR_ON_FEW
         else:
             error = float(gain.std()) / math.sqrt(len(gain))
-            counts = mean >= max(_WORTH_A_LOOK, _STANDARD_ERRORS * error)
+            counts = mean >= max(_NOTABLE, _STANDARD_ERRORS * error)
             clear = counts and mean >= _CLEAR
         if counts:
             best = Better(what, pixels, float(before.mean()), float(after.mean()), clear)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,6 @@ from kd_det.preflight.budget import affordable, timed
 from kd_det.preflight.classes import inspect_classes
 from kd_det.preflight.context import Context, Settings
 from kd_det.preflight.cost import inspect_cost
-from kd_det.preflight.export import inspect_export
 from kd_det.preflight.findings import Preflight, Section
 from kd_det.preflight.steps import Steps, take_steps
 from kd_det.preflight.taps import inspect_taps
@@ -34,7 +34,7 @@ BUILD, TEACHER, CLASSES, TAPS, TERMS, COST, EXPORT = TITLES = (
 )
 _NEEDS_STEPS = (TAPS, TERMS, COST)
 _STEPS = 0.35  # of Settings.seconds
-_PASSES = 3  # forward and backward, in forwards
+_PASSES = 3  # forwards that take as long as a forward and its backward pass
 
 Notify = Callable[[str], None]
 
@@ -49,17 +49,16 @@ def run_preflight(
 ) -> Preflight:
     """Look at a run before it starts. Trains nothing and writes nothing but the picture.
 
-    Mistakes in the run become errors of the section that meets them, and so does whatever else
-    goes wrong there: there is always a report. What cannot be looked at without it is skipped and
-    says so.
+    Mistakes in the run and unexpected failures become errors of the section in which they occur, so
+    that there is always a report. Sections that depend on a failed one are skipped with a note.
 
     Args:
         cfg: as :func:`kd_det.hosts.base.load_config` reads it.
         settings: how far to look.
-        picture: file for the picture of what the teacher sees; None draws none.
+        picture: file for the picture of the teacher's predictions; None draws none.
         begin: called with the title of each section before it is worked on.
         done: called with each section when it is complete.
-        remark: what to note at the beginning; nothing if empty.
+        remark: a note at the beginning; none if empty.
     """
     started = time.perf_counter()
     report = Preflight(str(cfg.OUTPUT_DIR), str(cfg.HOST))
@@ -75,7 +74,7 @@ def run_preflight(
             state.work(section)
         except (KDError, FloatingPointError, torch.OutOfMemoryError) as error:
             section.error(_one_line(error))
-        # A run may be broken in ways that nobody thought of; the other sections are still of use.
+        # The other sections are of use whatever exception a broken run raises here.
         except Exception as error:
             section.data["traceback"] = traceback.format_exc()
             section.error(f"could not be looked at: {type(error).__name__}: {_one_line(error)}")
@@ -92,7 +91,7 @@ def _one_line(error: Exception) -> str:
 
 
 class _State:
-    """What has been built so far, and what could not be."""
+    """The context, once the run is built, and whether training steps have failed."""
 
     def __init__(self, cfg: CfgNode, settings: Settings, picture: Path | None) -> None:
         self.cfg, self.settings, self.picture = cfg, settings, picture
@@ -128,7 +127,7 @@ class _State:
 
 
 def _steps(context: Context) -> Steps:
-    """As many images and batches as there is time for."""
+    """Training steps of as many images and batches as there is time for."""
     bench, settings = context.bench, context.settings
     whole = int(bench.cfg.SOLVER.IMS_PER_BATCH)
     seconds = settings.seconds * _STEPS
@@ -145,37 +144,38 @@ def _steps(context: Context) -> Steps:
 
 
 def _fewest(context: Context) -> int:
-    """Maps of a detector are large enough for BatchNorm on one image; those of a classifier not."""
+    """Fewest images of a step: BatchNorm needs more than the 1x1 maps of one classifier image."""
     whole = int(context.cfg.SOLVER.IMS_PER_BATCH)
     return 1 if hasattr(context.bench.student, "backbone") else min(2, whole)
 
 
 def _seconds_per_image(context: Context) -> float:
-    """What an image of a step will take, roughly: forward, and a backward pass per loss."""
+    """Approximate time of an image in a step: forwards, and a backward pass per loss."""
     bench = context.bench
     terms = len(bench.distiller.terms) if bench.distiller is not None else 0
     passes: dict[Side, int] = {"student": _PASSES * (1 + terms), "teacher": 1}
     if bench.teacher is None:
         del passes["teacher"]
-    total = 0.0
-    for side, count in passes.items():
-        seconds = context.seconds_per_image.get(side)
-        total += count * (_seconds(context, side) if seconds is None else seconds)
-    return total
+    for side in [s for s in passes if s not in context.seconds_per_image]:
+        batch = next(bench.batches(), None)
+        if batch is None:
+            fail(expected="training images", received="none", remedy="correct DATASETS.TRAIN")
+        image = bench.pictures(batch)[0]
+        predict = partial(bench.predict, side, image)
+        context.seconds_per_image[side] = timed(predict, context.device)[1]
+    return sum(count * context.seconds_per_image[side] for side, count in passes.items())
 
 
-def _seconds(context: Context, side: Side) -> float:
-    """Of one prediction, where nothing was evaluated."""
-    bench = context.bench
-    batch = next(bench.batches(), None)
-    if batch is None:
-        fail(
-            expected="training images",
-            received="none",
-            remedy="correct DATASETS.TRAIN",
+def inspect_export(section: Section, context: Context) -> None:
+    """Load the checkpoint that the run would write into the stock model."""
+    problems = context.bench.check_export()
+    for problem in problems:
+        section.error(problem)
+    if not problems:
+        section.ok(
+            "the checkpoint this run would write loads into the stock model: every key fits, and "
+            "its outputs are the same"
         )
-    image = bench.pictures(batch)[0]
-    return timed(lambda: bench.predict(side, image), context.device)[1]
 
 
 _INSPECT: dict[str, Callable[[Section, Context], None]] = {

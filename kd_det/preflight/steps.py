@@ -1,4 +1,7 @@
-"""A few training steps, watched: values, gradients, shapes and times. No weight changes."""
+"""Measurements of a few training steps: values, gradients, shapes and times.
+
+No weight changes.
+"""
 
 from __future__ import annotations
 
@@ -58,16 +61,15 @@ class Step:
 
 @dataclass
 class Steps:
-    """What some training steps showed.
+    """Some training steps, and details of the first.
 
     Attributes:
-        steps: in their order.
-        images: images of each; fewer than the run's where those would take too long.
+        images: number in each step; fewer than the run's where those would take too long.
         memory: peak of a step in MiB: of the GPU, or of this process.
         student: recorded tensors of the first step, by tap.
         teacher: likewise.
         entered: shape of the student's input ``[N, C, H, W]`` in the first step.
-        teacher_input: what entered the teacher in the first step; None without one.
+        teacher_input: the teacher's input in the first step; None without one.
         macs: per term, multiply-accumulates of convolutions and matrix products of one step.
     """
 
@@ -91,12 +93,12 @@ def take_steps(bench: Workbench, batches: int, images: int, seconds: float) -> S
 
     Args:
         bench: the run.
-        batches: how many.
-        images: take so many of each batch.
-        seconds: fewer batches where they would take longer, but at least one.
+        batches: number of steps; fewer, but at least one, where they exceed ``seconds``.
+        images: of each batch.
+        seconds: time limit.
 
     Raises:
-        KDError: whatever the run's first step would raise.
+        KDError: the run's first step would raise it, too.
     """
     watch = _Watch(bench)
     result = Steps(images)
@@ -122,12 +124,12 @@ def shared_parameters(student: nn.Module) -> list[nn.Parameter]:
 
 
 def shared_name(student: nn.Module) -> str:
-    """What :func:`shared_parameters` are, in words."""
+    """Name of the module of :func:`shared_parameters`."""
     return "the student's backbone" if hasattr(student, "backbone") else "the student"
 
 
 class _Watch:
-    """Takes one step at a time and keeps what hooks see."""
+    """Takes one step at a time, with hooks that time parts of it and keep tensors."""
 
     def __init__(self, bench: Workbench) -> None:
         self.bench = bench
@@ -146,7 +148,7 @@ class _Watch:
         with self._hooks(watches), watches["forward"].running():
             losses = bench.losses(batch)
         peak = peak_memory(self.device)
-        # The run does not measure: what that takes on top is none of its memory.
+        # Memory that only the measurement takes does not count.
         terms, task, norm = self._measure(losses)
         self._forget_peak()
         backward = Stopwatch(self.device)

@@ -1,4 +1,4 @@
-"""The taps of every term: what is compared with what, and what learns in between."""
+"""Checks of the taps: shapes and strides of both sides, and the modules a loss learns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def inspect_taps(section: Section, context: Context) -> None:
     """Fill the section; training steps must have been taken."""
     distiller, steps = context.bench.distiller, context.steps
     if distiller is None or steps is None:
-        section.note("the run distils nothing")
+        section.note("the run has no distillation")
         return
     n, _, h, w = steps.entered
     rows = []
@@ -53,7 +53,7 @@ def inspect_taps(section: Section, context: Context) -> None:
         rows,
     )
     if not any(f.level == "warning" for f in section.findings):
-        section.ok("both sides of every tap deliver tensors that the losses can compare")
+        section.ok("the losses can compare the tensors of both sides at every tap")
 
 
 def _shape(value: Any) -> str:

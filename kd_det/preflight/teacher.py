@@ -1,28 +1,36 @@
-"""The teacher: is it the one that was meant, does it see what it was trained on, is it good?"""
+"""Checks of the teacher: its weights, the pixels it gets, and its score."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from kd_det.bench.workbench import PixelInput, Side, parameters, side_model
 from kd_det.core.checkpoint import read_weights
-from kd_det.preflight.answers import Answer, ask, examples, truth_confidence
+from kd_det.document.blocks import Picture
+from kd_det.preflight.answers import Answer, answer, draw_answers, examples, truth_confidence
 from kd_det.preflight.budget import Stopwatch, affordable, within
 from kd_det.preflight.context import Context
 from kd_det.preflight.findings import Section, counted
-from kd_det.preflight.inputs import Better, alternatives, describe, find_better, oddities, sees
-from kd_det.preflight.picture import draw_answers
+from kd_det.preflight.inputs import (
+    Better,
+    alternatives,
+    describe,
+    find_better,
+    numbers,
+    oddities,
+    sees,
+)
 from kd_det.run.class_names import translation
 from kd_det.run.record import sha256
 
-# Of Settings.seconds: asking the teacher, asking it under other inputs, evaluating both sides.
-_ASK, _TRY, _EVALUATE = 0.15, 0.2, 0.25
+# Shares of Settings.seconds: predictions of the teacher, the same under other inputs, evaluation
+# of both sides.
+_PREDICT, _TRY, _EVALUATE = 0.15, 0.2, 0.25
 _SHOWN_IMAGES = 4
-_POOR = 1.0  # AP or accuracy in percent below which a teacher knows nothing of the task
+_POOR = 1.0  # AP or accuracy in percent that an untrained model may reach
 _SHORT_HASH = 12
 _RGB = 3
 _SIDES: tuple[Side, Side] = ("teacher", "student")
@@ -39,19 +47,10 @@ def inspect_teacher(section: Section, context: Context) -> None:
         for oddity in oddities(bench.pixel_input(side)):
             section.warn(f"{side}: {oddity}")
     try:
-        seconds = _ask(section, context)
+        seconds = _predict(section, context)
         rows += _evaluate(section, context, seconds)
     finally:
         section.table("The models, and what they expect of pixels", ("", *_SIDES), rows)
-
-
-def _draw(section: Section, context: Context) -> None:
-    if context.picture is None:
-        return
-    bench, shown = context.bench, slice(_SHOWN_IMAGES)
-    names = bench.class_names("student"), bench.class_names("teacher")
-    draw_answers(context.examples[shown], context.answers[shown], *names, context.picture)
-    section.picture = context.picture.name
 
 
 def _describe(section: Section, context: Context) -> list[tuple[str, ...]]:
@@ -64,8 +63,8 @@ def _describe(section: Section, context: Context) -> list[tuple[str, ...]]:
         ("keys loaded", _coverage(section, context), ""),
         ("parameters", *(f"{count:,}" for count in counts)),
         ("channel order", *(i.order for i in inputs)),
-        ("mean", *(_numbers(i.mean) for i in inputs)),
-        ("std", *(_numbers(i.std) for i in inputs)),
+        ("mean", *(numbers(i.mean) for i in inputs)),
+        ("std", *(numbers(i.std) for i in inputs)),
         ("pixel values", *(f"0..{i.scale:g}" for i in inputs)),
         ("padded to multiples of", *(str(i.divisor) for i in inputs)),
     ]
@@ -85,7 +84,7 @@ def _weights(context: Context) -> tuple[str, str]:
 
 
 def _coverage(section: Section, context: Context) -> str:
-    """How many of the teacher's tensors are those of its file; loading was strict already."""
+    """How many of the teacher's tensors equal those of its file; loading was strict already."""
     node, bench = context.bench.cfg.KD.TEACHER, context.bench
     own = side_model(bench, "teacher").state_dict()
     if not node.WEIGHTS:
@@ -94,17 +93,17 @@ def _coverage(section: Section, context: Context) -> str:
     if not Path(node.WEIGHTS).is_file():  # an address or a name, fetched by the host
         return f"{len(own)} of {len(own)}"
     given = read_weights(node.WEIGHTS)
-    found = {k: v for k, v in own.items() if k in given}
-    other = [k for k, v in found.items() if not torch.equal(v.cpu(), given[k].to(v.dtype))]
+    loaded = {k: v for k, v in own.items() if k in given}
+    other = [k for k, v in loaded.items() if not torch.equal(v.cpu(), given[k].to(v.dtype))]
     if other:
         section.error(f"the teacher's {other[0]} is not what {node.WEIGHTS} holds")
     else:
-        section.ok(f"{len(found)} of {len(own)} keys of the teacher hold what its file says")
-    return f"{len(found)} of {len(own)}"
+        section.ok(f"{len(loaded)} of {len(own)} keys of the teacher equal those of its file")
+    return f"{len(loaded)} of {len(own)}"
 
 
-def _ask(section: Section, context: Context) -> float:
-    """Show training images to the teacher; returns its seconds per image."""
+def _predict(section: Section, context: Context) -> float:
+    """Predictions of the teacher for training images; returns its seconds per image."""
     bench, settings = context.bench, context.settings
     names = bench.class_names("student"), bench.class_names("teacher")
     wanted = examples(bench, settings.images)
@@ -112,18 +111,23 @@ def _ask(section: Section, context: Context) -> float:
         section.warn("no training image has an object")
         return 0.0
     count = context.num_classes("teacher")
-    found = translation(*names, bench.cfg.KD.CLASS_MAP)
-    # Where nobody knows names, the same classes.
-    table = range(count) if found is None else found
-    context.indices = _places(table, context.num_classes("student"))
+    translated = translation(*names, bench.cfg.KD.CLASS_MAP)
+    # Without names, class k is the same on both sides.
+    table = list(range(count) if translated is None else translated)
+    context.indices = [
+        table.index(k) if k in table else -1 for k in range(context.num_classes("student"))
+    ]
     watch = Stopwatch(context.device)
-    for example in within(wanted, settings.seconds * _ASK):
+    for example in within(wanted, settings.seconds * _PREDICT):
         context.examples.append(example)
         with watch.running():
-            context.answers += ask(bench, "teacher", [example], count)
-    _draw(section, context)
-    if not context.shares_classes:
-        # There is no truth to be sure of.
+            context.answers.append(answer(bench, "teacher", example, count))
+    if context.picture is not None:
+        shown = slice(_SHOWN_IMAGES)
+        draw_answers(context.examples[shown], context.answers[shown], *names, context.picture)
+        text = "Training images with their annotation and with the predictions of the teacher"
+        section.picture = Picture(context.picture.name, context.picture.read_bytes(), text)
+    if not context.shares_classes:  # the teacher has no output for any true class
         return watch.mean
     number = len(context.answers)
     sure = float(truth_confidence(context.answers, context.indices).mean())
@@ -137,11 +141,6 @@ def _ask(section: Section, context: Context) -> float:
     return watch.mean
 
 
-def _places(translated: Sequence[int], classes: int) -> list[int]:
-    """Per class of the student the teacher's index of it, -1 where it has none."""
-    return [translated.index(k) if k in translated else -1 for k in range(classes)]
-
-
 def _try_inputs(section: Section, context: Context, each: float, count: int) -> None:
     bench, indices = context.bench, context.indices
     own = bench.pixel_input("teacher")
@@ -149,23 +148,23 @@ def _try_inputs(section: Section, context: Context, each: float, count: int) -> 
         return
     seconds = context.settings.seconds * _TRY
     others = list(alternatives(own, bench.pixel_input("student")).items())
-    # Where all take too long, the first: the other channel order, the student's input.
+    # The first ones are the most likely: the other channel order, the student's input.
     others = others[: affordable(len(others), each, seconds)]
     model = side_model(bench, "teacher")
     tried: dict[str, tuple[PixelInput, list[Answer]]] = {what: (x, []) for what, x in others}
     for example in within(context.examples, seconds):
         for pixels, answers in tried.values():
             with sees(model, own, pixels):
-                answers += ask(bench, "teacher", [example], count)
+                answers.append(answer(bench, "teacher", example, count))
     number = len(tried[others[0][0]][1])
     better = find_better(context.answers[:number], tried, indices)
     if better is None:
         section.ok(
-            f"the teacher is surest under its own input: {len(tried)} others tried on "
+            f"the teacher is most confident under its own input: {len(tried)} others tried on "
             f"{counted(number, 'image')}"
         )
         return
-    # What it says about classes is worth more where it sees what it was trained on.
+    # Its classes are judged under the input that it was trained with.
     context.answers = tried[better.what][1]
     context.examples = context.examples[:number]
     _report_better(section, context, better)
@@ -223,8 +222,8 @@ def _evaluate(section: Section, context: Context, each: float) -> list[tuple[str
         )
     elif bench.cfg.KD.TEACHER.WEIGHTS and not teacher >= _POOR:
         section.warn(
-            f"the teacher's {name} on {images} is {teacher:.1f}: it knows next to nothing of this "
-            "task"
+            f"the teacher's {name} on {images} is {teacher:.1f}: it is not better than "
+            "an untrained model"
         )
     if bench.cfg.KD.TEACHER.WEIGHTS and scores["student"] > teacher:
         section.warn(
@@ -236,7 +235,7 @@ def _evaluate(section: Section, context: Context, each: float) -> list[tuple[str
 
 
 def _obstacle(context: Context) -> str:
-    """What keeps the sides from being compared; empty if nothing does."""
+    """Why the sides cannot be evaluated; empty if they can."""
     if not context.bench.cfg.DATASETS.TEST:
         return "DATASETS.TEST is empty"
     if not context.shares_classes:
@@ -251,7 +250,3 @@ def _score(context: Context, side: Side, images: int) -> tuple[str, float]:
             value = results[kind][metric]
             return name, value if math.isfinite(value) else 0.0
     raise KeyError(f"no score in {results}")
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return " ".join(f"{v:g}" for v in values)

@@ -1,4 +1,4 @@
-"""The terms on real batches: values, gradients on shared parameters, and shares."""
+"""Checks of the terms on training batches: values, gradients on shared parameters, shares."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def inspect_terms(section: Section, context: Context) -> None:
     """Fill the section; training steps must have been taken."""
     bench, steps = context.bench, context.steps
     if bench.distiller is None or steps is None:
-        section.note("the run distils nothing")
+        section.note("the run has no distillation")
         return
     names = list(bench.distiller.terms)
     found = steps.steps
@@ -55,13 +55,13 @@ def inspect_terms(section: Section, context: Context) -> None:
         rows,
     )
     _judge_task(section, context)
-    drowning = {name for name in names if total and (norms[name] or 0.0) > _TOO_MUCH * total}
+    dominant = {name for name in names if total and (norms[name] or 0.0) > _TOO_MUCH * total}
     for name in names:
-        # What drowns beside another term is that term's fault.
-        rest = _sum([task, *(norms[other] for other in names if other not in drowning - {name})])
+        # A term is judged without the dominant ones: beside them every share is too small.
+        rest = _sum([task, *(norms[other] for other in names if other not in dominant - {name})])
         _judge(section, context, name, norms[name], rest)
     if not any(f.level in ("error", "warning") for f in section.findings):
-        section.ok("every term is finite, acts on the student, and none drowns the others")
+        section.ok("every term is finite, has a gradient on the student, and none is dominant")
 
 
 def proposed_weight(weight: float, norm: float, total: float, share: float) -> float:
@@ -101,11 +101,12 @@ def _judge(section: Section, context: Context, name: str, norm: float | None, to
     assert context.steps is not None
     steps = context.steps.steps
     values = [step.terms[name] for step in steps]
+    shared = shared_name(context.bench.student)
     broken = [v for v in values if None in (_finite(v.raw), _finite(v.norm))]
     if broken:
         section.error(
-            f"term '{name}' is not finite: {_what(broken[0], shared_name(context.bench.student))} "
-            f"on {len(broken)} of {_batches(steps)}, and training would stop there or learn nothing"
+            f"term '{name}' is not finite: {_reason(broken[0], shared)} on {len(broken)} of "
+            f"{_batches(steps)}, and training would stop there or learn nothing"
         )
         return
     assert norm is not None
@@ -114,13 +115,13 @@ def _judge(section: Section, context: Context, name: str, norm: float | None, to
         return
     if all(v.raw == 0 for v in values):
         section.warn(
-            f"term '{name}' is exactly zero on all of {_batches(steps)}: its taps hold nothing to "
-            "compare (no boxes, no positives), or both sides are the same"
+            f"term '{name}' is exactly zero on all of {_batches(steps)}: its taps have no rows to "
+            "compare (no boxes, no positives), or both sides are equal"
         )
         return
     if norm == 0:
         section.warn(
-            f"term '{name}' has a value but no gradient on {shared_name(context.bench.student)}: "
+            f"term '{name}' has a value but no gradient on {shared}: "
             "its taps lie behind what is trained, or the student's part is detached"
         )
         return
@@ -133,10 +134,10 @@ def _judge_share(section: Section, context: Context, name: str, norm: float, tot
     assert distiller is not None
     cfg, share = context.bench.cfg, norm / total
     term = next(t for t in distiller.specs if t.name == name)
-    # A share of nothing but itself, or of a task whose gradient is not finite, says nothing.
+    # A share of the term's own gradient alone, or of one that is not finite, is meaningless.
     alone = norm == total or not all(math.isfinite(s.task_norm) for s in context.steps.steps)
-    # A balance moves the weights by itself, a clip limits the gradient, and a network that is
-    # trained first says nothing yet.
+    # A balance changes the weights, a clip limits the gradient, and a network of a pre-stage is
+    # still random.
     managed = cfg.KD.BALANCE.NAME in ("gradient_share", "gradnorm", "uncertainty")
     if alone or managed or term.clip != "none" or name in context.bench.pre_stage:
         return
@@ -146,20 +147,20 @@ def _judge_share(section: Section, context: Context, name: str, norm: float, tot
     where = f"of the gradient on {shared_name(context.bench.student)} with its WEIGHT {weight:g}"
     advice = f"KD.TERMS.{name}.WEIGHT {proposal:.3g} would give it {wanted:.0%}"
     if share > _TOO_MUCH:
-        section.warn(f"term '{name}' drowns everything else: {share:.1%} {where}; {advice}")
+        section.warn(f"term '{name}' dominates all others: {share:.1%} {where}; {advice}")
     elif share < _TOO_LITTLE:
-        section.warn(f"term '{name}' has no say: a share of {share:.1g} {where}; {advice}")
+        section.warn(f"term '{name}' has hardly any effect: {share:.1g} {where}; {advice}")
 
 
 def _batches(steps: Sequence[Step]) -> str:
-    return f"{len(steps)} batch{'' if len(steps) == 1 else 'es'}"
+    return counted(len(steps), "batch", "es")
 
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _what(broken: TermValues, shared: str) -> str:
+def _reason(broken: TermValues, shared: str) -> str:
     if not math.isfinite(broken.raw):
         return f"its loss is {broken.raw}"
     if broken.norm is None:
@@ -168,13 +169,13 @@ def _what(broken: TermValues, shared: str) -> str:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """None where one is missing."""
+    """None where a value is missing."""
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if len(known) == len(values) and known else None
 
 
 def _sum(norms: Sequence[float | None]) -> float:
-    """Of those that are known."""
+    """Without those that are None."""
     return sum(norm for norm in norms if norm is not None)
 
 

@@ -1,1 +1,1 @@
-"""One page about finished runs: what the distillation bought, and what it cost."""
+"""One page about finished runs: the gain of the distillation, and its cost."""

@@ -1,4 +1,4 @@
-"""From the folders of runs to the report."""
+"""The report, from the folders of runs to its files."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kd_det.core.files import writable_folder
+from kd_det.core.files import replace_text, writable_folder
+from kd_det.document.blocks import Block, Document, Section, Text
+from kd_det.document.page import html, markdown
 from kd_det.report import sections
-from kd_det.report.blocks import Block, Section, Text, describe
 from kd_det.report.cost import Measured, measure_all
+from kd_det.report.examples import examples
 from kd_det.report.groups import Problem, Study, collect
-from kd_det.report.page import write_page
-from kd_det.report.scoring import Truths, score
-from kd_det.report.showcase import examples
+from kd_det.report.runs import describe
+from kd_det.report.scores import Truths, score
 from kd_det.report.summary import headline
+
+PAGE, MARKDOWN, PICTURES = "report.html", "report.md", "report_pictures"
 
 
 def write_report(
@@ -29,7 +32,7 @@ def write_report(
 ) -> Path:
     """Write ``report.html`` and ``report.md`` about runs.
 
-    A run that is broken, or anything of it, is named in the report and left out.
+    Broken runs and broken files of runs are named in the report and left out.
 
     Args:
         runs: ``OUTPUT_DIR`` of distilled runs, folders of ``SEEDS``, or glob patterns.
@@ -37,7 +40,7 @@ def write_report(
         teacher: likewise; may be empty.
         output: folder of the report. An earlier report there is replaced.
         measure: build the models and measure what they cost on this machine.
-        console: where progress is shown; default standard error.
+        console: shows the progress; default standard error.
 
     Returns:
         The HTML page.
@@ -69,14 +72,22 @@ def write_report(
             "Examples": lambda: examples(study, best, truths, measure),
             "Configuration": lambda: sections.differences(study),
             "Runs": lambda: sections.runs(study),
-            # Last: what went wrong with the others is part of it.
+            # Last: the other sections may add problems.
             "Problems": lambda: sections.problems(study),
         }
-        shown = [Section(title, _made(study, title, make)) for title, make in makers.items()]
+        parts = [Section(title, _made(study, title, make)) for title, make in makers.items()]
         progress.advance(drawing)
-        page = write_page(output, "Distillation report", _subtitle(study), shown)
+        _write(Document("Distillation report", _subtitle(study), parts), output)
         progress.advance(drawing)
-    return page
+    return output / PAGE
+
+
+def _write(document: Document, folder: Path) -> None:
+    (folder / PICTURES).mkdir(exist_ok=True)
+    for picture in document.pictures():
+        (folder / PICTURES / picture.name).write_bytes(picture.content)
+    replace_text(folder / MARKDOWN, markdown(document, PICTURES))
+    replace_text(folder / PAGE, html(document))
 
 
 def _measure(study: Study, progress: Progress) -> list[Measured]:
@@ -99,7 +110,7 @@ def _measure(study: Study, progress: Progress) -> list[Measured]:
 def _made(study: Study, title: str, make: Callable[[], list[Block]]) -> list[Block]:
     try:
         return make()
-    # A run may be broken in ways that nobody thought of; the other sections are still of use.
+    # The other sections are of use whatever exception a broken run raises here.
     except Exception as error:
         study.problems.append(Problem(title, describe(error)))
         return [Text("This section could not be made; see Problems.")]
@@ -107,8 +118,7 @@ def _made(study: Study, title: str, make: Callable[[], list[Block]]) -> list[Blo
 
 def _subtitle(study: Study) -> str:
     data = {run.test_sets[0] for run in study.runs if run.test_sets}
-    number = len(study.groups)
-    plural = "" if number == 1 else "s"
-    parts = [f"{number} distilled configuration{plural}, {len(study.runs)} runs"]
+    plural = "" if len(study.groups) == 1 else "s"
+    parts = [f"{len(study.groups)} distilled configuration{plural}, {len(study.runs)} runs"]
     parts += [f"evaluated on {', '.join(sorted(data))}"] if data else []
     return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""Saved answers of classifiers: accuracy by class, and images on which two of them differ."""
+"""Saved predictions of classifiers: accuracy by class, and images on which two of them differ."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from kd_det.core.errors import fail
-from kd_det.report.blocks import Block, Gallery, Picture, Table, Text, row
-from kd_det.report.examples import encoded
+from kd_det.document.blocks import Block, Gallery, Picture, Table, Text, row
+from kd_det.document.detections import jpeg
 
 SHOWN = 8  # images in each direction
 # Pictures are shown of the first images only: finding others would read the whole data set.
@@ -21,7 +21,7 @@ REACHABLE = 1000
 
 @dataclass(frozen=True)
 class Answer:
-    """What a classifier says about one image: classes from 0, ``confidence`` in 0..1."""
+    """A classifier's prediction for one image: classes from 0, ``confidence`` in 0..1."""
 
     target: int
     prediction: int
@@ -37,7 +37,7 @@ Answers = dict[int, Answer]
 
 
 def read_answers(path: Path) -> Answers:
-    """Index of a validation image to what was said about it.
+    """Index of a validation image to the answer.
 
     Raises:
         KDError: no JSON list of entries with index, target, prediction and confidence.
@@ -63,30 +63,30 @@ def accuracy(answers: Answers) -> dict[str, float]:
     for answer in answers.values():
         by_class[answer.target].append(answer.right)
     everything = [right for own in by_class.values() for right in own]
-    found = {"accuracy/top1": everything}
-    found |= {f"accuracy/top1-{target}": by_class[target] for target in sorted(by_class)}
-    return {name: 100 * sum(right) / len(right) for name, right in found.items() if right}
+    parts = {"accuracy/top1": everything}
+    parts |= {f"accuracy/top1-{target}": by_class[target] for target in sorted(by_class)}
+    return {name: 100 * sum(right) / len(right) for name, right in parts.items() if right}
 
 
 def differing(better: Answers, worse: Answers) -> list[int]:
-    """Images that ``better`` alone names rightly, those first of which both are surest."""
+    """Images that ``better`` alone names rightly, those of the highest confidence of both first."""
     shared = [k for k in better if k in worse and better[k].right and not worse[k].right]
     return sorted(shared, key=lambda k: (-better[k].confidence - worse[k].confidence, k))
 
 
 def answer_blocks(
-    found: Mapping[str, Answers],
+    answers: Mapping[str, Answers],
     names: Sequence[str] | None = None,
     pictures: Callable[[int], Sequence[Tensor]] | None = None,
 ) -> list[Block]:
     """How often two classifiers differ, and images on which they do.
 
     Args:
-        found: label to answers: the baseline's, the run's and, if there is one, the teacher's.
+        answers: label to answers: the baseline's, the run's and, if there is one, the teacher's.
         names: of the classes.
         pictures: the first ``n`` validation images, uint8 RGB ``[3, H, W]``; without it, a table.
     """
-    (baseline, alone), (label, own), *_ = found.items()
+    (baseline, alone), (label, own), *_ = answers.items()
     shared = [k for k in own if k in alone]
     counts = {
         "by both": sum(own[k].right and alone[k].right for k in shared),
@@ -97,7 +97,7 @@ def answer_blocks(
     rows = [row(who, f"{number:,}") for who, number in counts.items()]
     blocks: list[Block] = [Table("Images named rightly", ["", "images"], rows)]
     for better, worse, name in ((label, baseline, "better"), (baseline, label, "worse")):
-        images = differing(found[better], found[worse])
+        images = differing(answers[better], answers[worse])
         title = f"{better} right, {worse} wrong"
         if pictures is not None:
             images = [k for k in images if k < REACHABLE]
@@ -105,38 +105,40 @@ def answer_blocks(
         if not images:
             blocks.append(Text(f"{title}: no such image."))
         elif pictures is None:
-            blocks.append(_table(title, images, found, names))
+            blocks.append(_table(title, images, answers, names))
         else:
             drawn = pictures(max(images) + 1)
             shown = [
-                Picture(f"{name}_{at}.jpg", encoded(drawn[k]), _caption(k, found, names))
+                Picture(f"{name}_{at}.jpg", jpeg(drawn[k]), _caption(k, answers, names))
                 for at, k in enumerate(images)
             ]
-            note = f"Of the first {REACHABLE:,} images those of which both are surest."
+            note = f"Of the first {REACHABLE:,} images, by the confidence of both."
             blocks.append(Gallery(title, [], [("", shown)], note))
     return blocks
 
 
 def _table(
-    title: str, images: Sequence[int], found: Mapping[str, Answers], names: Sequence[str] | None
+    title: str, images: Sequence[int], answers: Mapping[str, Answers], names: Sequence[str] | None
 ) -> Table:
     rows = [
         row(
             str(k),
-            _name(next(iter(found.values()))[k].target, names),
-            *(_said(answers, k, names) for answers in found.values()),
+            _name(next(iter(answers.values()))[k].target, names),
+            *(_shown(own, k, names) for own in answers.values()),
         )
         for k in images
     ]
-    return Table(title, ["image", "true class", *found], rows, "Those of which both are surest.")
+    return Table(
+        title, ["image", "true class", *answers], rows, "Those of the highest confidence of both."
+    )
 
 
-def _caption(image: int, found: Mapping[str, Answers], names: Sequence[str] | None) -> str:
-    said = [f"{label}: {_said(answers, image, names)}" for label, answers in found.items()]
-    return f"{_name(next(iter(found.values()))[image].target, names)}; {'; '.join(said)}"
+def _caption(image: int, answers: Mapping[str, Answers], names: Sequence[str] | None) -> str:
+    shown = [f"{label}: {_shown(own, image, names)}" for label, own in answers.items()]
+    return f"{_name(next(iter(answers.values()))[image].target, names)}; {'; '.join(shown)}"
 
 
-def _said(answers: Answers, image: int, names: Sequence[str] | None) -> str:
+def _shown(answers: Answers, image: int, names: Sequence[str] | None) -> str:
     if image not in answers:
         return "–"
     answer = answers[image]

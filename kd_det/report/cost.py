@@ -1,36 +1,38 @@
-"""What a finished run's model costs to deploy, measured on this machine."""
+"""Cost of the models at inference, measured on this machine, and of their training, as recorded."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from kd_det.bench.workbench import Workbench, latency, macs, open_workbench, parameters
 from kd_det.core.errors import fail
+from kd_det.document.blocks import Cell, Table, row
 from kd_det.hosts.base import load_config
-from kd_det.report.blocks import describe
-from kd_det.report.groups import Group, Study
-from kd_det.report.runs import Run
+from kd_det.report.groups import TEACHER, Group, Study
+from kd_det.report.runs import Run, describe
 from kd_det.run.folder import CONFIG
 
-# What decides the deployed model and the size of its images; where its weights come from does not.
+# The keys of the deployed model and the size of its images.
 _DEPLOYED = ("HOST", "MODEL.", "INPUT.", "TEST.")
 _NOT_DEPLOYED = ("MODEL.WEIGHTS", "MODEL.BACKBONE.WEIGHTS", "MODEL.DEVICE", "TEST.EVAL_PERIOD")
+_MEGA = 1e6
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of the plain student (or teacher) that a run leaves.
+    """Of the plain student (or teacher) of a run.
 
     Attributes:
         parameters: their number.
         macs: multiply-accumulates of one image.
-        size: bytes of its weights and buffers, without what a distiller learnt.
-        seconds: median of one image.
-        device: where that was measured.
+        size: bytes of its weights and buffers, without those of a distiller.
+        seconds: median for one image.
+        device: on which that was measured.
     """
 
     parameters: int
@@ -53,26 +55,26 @@ def measure_all(study: Study, done: Callable[[str, int], None]) -> list[Measured
     """Measure each different model once: the teacher's first, then the students'.
 
     Args:
-        study: everything that is compared.
-        done: told the name of every model that was measured, and their number in all.
+        study: the groups.
+        done: called after each model with its label and the number of all models.
     """
     kinds: dict[str, list[Group]] = {}
     for group in [*([study.teacher] if study.teacher else []), *study.students]:
         kinds.setdefault(_deployed(group), []).append(group)
-    found = []
+    measured = []
     for groups in kinds.values():
         run = _with_weights(groups)
         try:
-            found.append(Measured(groups, measure(run)))
-        # One model that cannot be built here must not cost the report of the others.
+            measured.append(Measured(groups, measure(run)))
+        # Any exception of one model: the costs of the others are still of use.
         except Exception as error:
-            found.append(Measured(groups, None, describe(error)))
+            measured.append(Measured(groups, None, describe(error)))
         done(groups[0].label, len(kinds))
-    return found
+    return measured
 
 
 def measure(run: Run) -> Cost:
-    """Build the plain model of a run and look at one image of the test size.
+    """Build the plain model of a run and measure it on one image of the test size.
 
     Raises:
         KDError: the config is refused, or its host is not installed.
@@ -108,6 +110,82 @@ def open_plain(run: Run) -> Workbench:
     return open_workbench(load_config(str(config), options), str(weights), distilled=False)
 
 
+def deployment_table(measured: Sequence[Measured]) -> Table:
+    """A row per different model: what it costs at inference."""
+    teacher = next((m.cost for m in measured if m.groups[0].role == TEACHER), None)
+    rows = []
+    for entry in measured:
+        cells = [Cell("?", "muted")] * len(_DEPLOYMENT)
+        if entry.cost is not None:
+            other = teacher if entry.cost is not teacher else None
+            cells = [_beside(*column, entry.cost, other) for column in _DEPLOYMENT.values()]
+        rows.append(row(", ".join(group.label for group in entry.groups), *cells))
+    devices = sorted({m.cost.device for m in measured if m.cost})
+    return Table(
+        "At inference",
+        ["model", *_DEPLOYMENT],
+        rows,
+        note="The plain model, without the parts of a distillation: one validation image of the "
+        f"test size, median of ten forwards on {', '.join(devices) or 'no device'} of this "
+        "machine. GMACs are those of convolutions and matrix products.",
+    )
+
+
+def training_table(study: Study) -> Table:
+    """A row per configuration: time, memory and size of the weights."""
+    rows = []
+    for group in study.everything:
+        own, ratio = seconds(group), slowdown(study, group)
+        waits = _mean(group, lambda run: _median(run, "data_time"))
+        hours = _mean(group, _hours)
+        memory = _mean(group, lambda r: max(r.curves.get("max_mem", {}).values(), default=None))
+        learnt = _mean(group, lambda r: (r.record.get("parameters") or {}).get("adaptors"))
+        disk = _mean(group, lambda r: w.stat().st_size / _MEGA if (w := r.weights()) else None)
+        rows.append(
+            row(
+                group.label,
+                _number(own, "{:.3f}", f"× {ratio:.2f}" if ratio else ""),
+                _number(waits, "{:.3f}", f"{waits / own:.0%}" if waits and own else ""),
+                _number(hours, "{:.2f}"),
+                _number(memory, "{:,.0f}"),
+                "–" if learnt is None else count(learnt),
+                _number(disk, "{:.2f}"),
+            )
+        )
+    columns = [
+        *("model", "s per iteration", "of it data", "hours", "memory, MB"),
+        *("parameters of the losses", "model_final.pth, MB"),
+    ]
+    kept = [at for at in range(len(columns)) if at == 0 or any(r[at].text != "–" for r in rows)]
+    return Table(
+        "Training",
+        [columns[at] for at in kept],
+        [[r[at] for at in kept] for r in rows],
+        note="Medians over iterations, means over seeds, below them the ratio to the baseline. "
+        "Runs on different or busy machines do not compare.",
+    )
+
+
+def seconds(group: Group) -> float | None:
+    """Of an iteration: the median of each run, the mean over runs."""
+    return _mean(group, lambda run: _median(run, "time"))
+
+
+def slowdown(study: Study, group: Group) -> float | None:
+    """Time of an iteration relative to the baseline's; None of the baseline itself."""
+    usual = seconds(study.baseline) if study.baseline else None
+    own = seconds(group)
+    return own / usual if own and usual and group is not study.baseline else None
+
+
+def count(number: float) -> str:
+    """``1.23 M``."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
+
+
 def _deployed(group: Group) -> str:
     config = group.config()
     kept = {
@@ -121,3 +199,40 @@ def _deployed(group: Group) -> str:
 def _with_weights(groups: list[Group]) -> Run:
     runs = [run for group in groups for run in group.runs]
     return next((run for run in runs if run.config and run.weights()), runs[0])
+
+
+def _beside(
+    value: Callable[[Cost], float], shown: Callable[[float], str], cost: Cost, other: Cost | None
+) -> Cell:
+    ratio = f"teacher / {value(other) / value(cost):.1f}" if other and value(cost) else ""
+    return Cell(shown(value(cost)), note=ratio)
+
+
+def _number(value: float | None, shown: str, note: str = "") -> Cell:
+    return Cell("–", "muted") if value is None else Cell(shown.format(value), note=note)
+
+
+def _mean(group: Group, measure: Callable[[Run], float | None]) -> float | None:
+    values = [value for run in group.counted if (value := measure(run)) is not None]
+    return statistics.mean(values) if values else None
+
+
+def _median(run: Run, name: str) -> float | None:
+    values = run.curves.get(name, {}).values()
+    return statistics.median(values) if values else None
+
+
+def _hours(run: Run) -> float | None:
+    times = run.curves.get("time", {})
+    if not times:
+        return None
+    return statistics.mean(times.values()) * run.iterations / 3600
+
+
+# Column of the table to a value and its text.
+_DEPLOYMENT: dict[str, tuple[Callable[[Cost], float], Callable[[float], str]]] = {
+    "parameters": (lambda c: c.parameters, count),
+    "GMACs": (lambda c: c.macs / 1e9, "{:.3g}".format),
+    "weights, MB": (lambda c: c.size / _MEGA, "{:.3g}".format),
+    "ms per image": (lambda c: 1000 * c.seconds, "{:.3g}".format),
+}

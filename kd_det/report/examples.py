@@ -1,121 +1,86 @@
-"""Images on which the distilled student is right and the baseline wrong, and the reverse."""
+"""The section of examples: which runs it compares, and how."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
-
-from kd_det.bench.workbench import Detections
-from kd_det.document.detections import annotated
-from kd_det.report.blocks import Picture
-from kd_det.report.matching import Annotation, Found, ranked
-from kd_det.report.truth import Truth
-
-SHOWN = 4  # images in each direction
-_WIDEST = 640  # pixels; larger images are made smaller
-_QUALITY = 85
-_TRUE, _RIGHT, _WRONG = (124, 58, 167), (0, 114, 178), (213, 94, 0)
+from kd_det.document.blocks import Block, Text
+from kd_det.report.classified import answer_blocks, read_answers
+from kd_det.report.cost import open_plain
+from kd_det.report.detected import detection_blocks
+from kd_det.report.groups import Group, Problem, Study
+from kd_det.report.runs import Run, describe
+from kd_det.report.scores import Truths, read_predictions, truth_of
+from kd_det.report.summary import Headline
+from kd_det.run.folder import DETECTIONS, PREDICTIONS
 
 
-@dataclass(frozen=True)
-class Contrast:
-    """Images that one student reads better than the other.
-
-    Attributes:
-        images: ``(caption, pictures)``; the pictures are in the order of the columns.
-        left_out: what could not be shown, and why.
-    """
-
-    images: list[tuple[str, list[Picture]]]
-    left_out: list[str]
-
-
-def contrast(
-    truth: Truth,
-    better: Mapping[int, Found],
-    worse: Mapping[int, Found],
-    columns: Sequence[Mapping[int, Found]],
-    name: str,
-) -> Contrast:
-    """Draw the images in which ``better`` finds most more objects than ``worse``.
+def examples(study: Study, best: Headline | None, truths: Truths, build: bool) -> list[Block]:
+    """Images on which a run and the baseline differ most, both ways.
 
     Args:
-        truth: the data set.
-        better: image id to what one student finds.
-        worse: likewise, the other.
-        columns: whose detections are drawn, beside the ground truth.
-        name: of the picture files, before their numbers.
+        study: problems with images and predictions are added to it.
+        best: its run is compared if it has predictions.
+        truths: the data sets read so far.
+        build: whether the host of a classifier may be opened, which alone can find its images.
     """
-    result = Contrast([], [])
-    for image in ranked(better, worse):
-        if len(result.images) == SHOWN:
-            break
-        record = truth.coco.imgs[image]
-        try:
-            pixels = _read(truth.root / record["file_name"])
-        # Whatever a decoder raises: the next image is as good an example.
-        except Exception as error:
-            told = f"{type(error).__name__}: {error}"
-            result.left_out.append(f"{record['file_name']} cannot be decoded ({told})")
-            continue
-        at = len(result.images)
-        objects = own_annotations(truth, image)
-        drawn = [_draw(pixels, objects, [_TRUE] * len(objects), truth, record)]
-        for found in columns:
-            colours = [_RIGHT if right else _WRONG for right in found[image].correct]
-            drawn.append(_draw(pixels, found[image].detections, colours, truth, record))
-        pictures = [
-            Picture(f"{name}_{at}_{k}.jpg", content, record["file_name"])
-            for k, content in enumerate(drawn)
+    kind = best.metric.split("/")[0] if best else "bbox"
+    source = PREDICTIONS if kind == "accuracy" else DETECTIONS
+    pair = _choose(study, best, source)
+    if pair is None:
+        return [
+            Text(
+                "No examples: they need usable predictions of a run and of the baseline "
+                f"({source}; tools/train_net.py --eval-only writes them)."
+            )
         ]
-        counts = f"{len(better[image].objects)} against {len(worse[image].objects)}"
-        caption = f"{record['file_name']}: {counts} of {len(objects)} objects found"
-        result.images.append((caption, pictures))
-    return result
+    label, run, baseline = pair
+    runs = {"baseline": baseline, label: run}
+    if study.teacher and study.on_same_data(study.teacher):
+        runs |= zip(["teacher"], _with_predictions(study.teacher, source), strict=False)
+    compared = Text(f"{run.folder} beside {baseline.folder}.")
+    if kind == "accuracy":
+        return [compared, *_of_classifiers(study, run, runs, build)]
+    truth = truth_of(run, truths)
+    predictions = {
+        name: read_predictions(path, truth)
+        for name, one in runs.items()
+        if (path := one.predictions)
+    }
+    blocks, problems = detection_blocks(truth, label, predictions)
+    study.problems += [Problem(truth.name, what) for what in problems]
+    return [compared, *blocks]
 
 
-def own_annotations(truth: Truth, image: int) -> list[Annotation]:
-    """The objects of an image that count; crowds do not."""
-    return [a for a in truth.coco.imgToAnns[image] if not a["iscrowd"]]
+def _choose(study: Study, best: Headline | None, source: str) -> tuple[str, Run, Run] | None:
+    """Label and run of a configuration, the best if possible, and the baseline's run beside it."""
+    alone = _with_predictions(study.baseline, source) if study.baseline else []
+    usable = [group for group in study.groups if study.on_same_data(group)]
+    for group in sorted(usable, key=lambda group: best is None or group is not best.group):
+        for run in _with_predictions(group, source):
+            # The same seed had the same start and the same order of images.
+            same = [other for other in alone if other.seed == run.seed]
+            if alone:
+                return group.label, run, (same or alone)[0]
+    return None
 
 
-def encoded(image: Tensor) -> bytes:
-    """A uint8 RGB image ``[3, H, W]`` as a JPEG."""
-    buffer = io.BytesIO()
-    to_pil_image(image.cpu()).save(buffer, "JPEG", quality=_QUALITY)
-    return buffer.getvalue()
+def _with_predictions(group: Group, source: str) -> list[Run]:
+    """Runs whose predictions were usable."""
+    return [run for run in group.counted if source in run.sources.values()]
 
 
-def _read(path: Path) -> Image.Image:
-    with Image.open(path) as file:
-        return ImageOps.exif_transpose(file).convert("RGB")
-
-
-def _draw(
-    pixels: Image.Image,
-    annotations: Sequence[Annotation],
-    colours: Sequence[tuple[int, int, int]],
-    truth: Truth,
-    record: Mapping[str, float],
-) -> bytes:
-    shrink = min(1.0, _WIDEST / pixels.width)
-    small = pixels.resize((round(pixels.width * shrink), round(pixels.height * shrink)))
-    # Predictions are in pixels of the annotated size, which the file should have.
-    factor = small.width / record.get("width", pixels.width)
-    boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    classes = sorted(truth.classes)
-    found = Detections(
-        boxes * factor,
-        torch.tensor([classes.index(a["category_id"]) for a in annotations], dtype=torch.int64),
-        torch.ones(len(annotations)),
-    )
-    names = [truth.classes[key] for key in classes]
-    return encoded(annotated(pil_to_tensor(small), found, names, colours))
+def _of_classifiers(study: Study, run: Run, runs: Mapping[str, Run], build: bool) -> list[Block]:
+    answers = {
+        name: read_answers(path) for name, one in runs.items() if (path := one.file(PREDICTIONS))
+    }
+    if build:
+        try:
+            bench = open_plain(run)
+            names = bench.class_names("student")
+            return answer_blocks(answers, names, bench.validation_pictures)
+        # Without its data or its host there is still a table.
+        except Exception as error:
+            what = f"its validation images are not shown: {describe(error)}"
+            study.problems.append(Problem(str(run.folder), what))
+    return answer_blocks(answers)

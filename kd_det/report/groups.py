@@ -1,4 +1,4 @@
-"""The runs a command line names, and which of them are one configuration with several seeds."""
+"""The runs that are compared, those of one configuration with several seeds in a group."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from kd_det.core.errors import fail
-from kd_det.report.blocks import describe
-from kd_det.report.runs import Run, read_run
+from kd_det.report.runs import Run, describe, read_run
+from kd_det.report.stats import Gain, gain, recovered
 
 TEACHER, BASELINE, DISTILLED = "teacher", "baseline", "run"
 
-# What seeds of one configuration differ in.
+# The kinds of scores, each with the one that stands for it.
+MAIN = {"bbox": "AP", "segm": "AP", "accuracy": "top1"}
+
+# Keys that differ between seeds of one configuration.
 _OWN_KEYS = ("SEED", "SEEDS", "OUTPUT_DIR")
 _SEED_FOLDER = re.compile(r"seed_\d+")
 _MOST_FOLDERS = 4  # of a path, in a label
@@ -26,7 +29,7 @@ _SEED_ENDING = re.compile(r"[-_.]+(seed|s)?[-_.]*\d+$")
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong and with what."""
+    """A sentence, and the file, folder or part of the report that it is about."""
 
     where: str
     what: str
@@ -39,7 +42,7 @@ class Group:
     Attributes:
         role: ``"teacher"``, ``"baseline"`` or ``"run"``.
         runs: one per seed.
-        label: names it in tables and pictures.
+        label: its name in tables and pictures.
     """
 
     role: str
@@ -52,12 +55,12 @@ class Group:
         return [run for run in self.runs if run.finished] or self.runs
 
     def values(self, name: str) -> list[float]:
-        """A score of every counted seed that has it."""
+        """A score, of every counted seed that has it."""
         return [run.scores[name] for run in self.counted if name in run.scores]
 
     @property
     def data(self) -> set[tuple[str, ...]]:
-        """What its scores are of; see :attr:`kd_det.report.runs.Run.data`."""
+        """Its test data; see :attr:`kd_det.report.runs.Run.data`."""
         return {run.data for run in self.runs if run.data}
 
     def config(self) -> dict[str, Any]:
@@ -67,13 +70,13 @@ class Group:
 
 @dataclass
 class Study:
-    """Everything that is compared.
+    """All groups that are compared.
 
     Attributes:
-        groups: the distilled runs, in the order they were named.
+        groups: the distilled runs, in the order of the command line.
         baseline: the student alone; None if nothing of it could be read.
         teacher: None likewise, or where none was named.
-        problems: what was wrong, run by run.
+        problems: damages that were found so far.
     """
 
     groups: list[Group] = field(default_factory=list)
@@ -92,7 +95,7 @@ class Study:
         return self.students + ([self.teacher] if self.teacher else [])
 
     def on_same_data(self, group: Group) -> bool:
-        """Whether a group was evaluated on the baseline's data, as far as anybody knows."""
+        """Whether a group was evaluated on the baseline's data; True where either is unknown."""
         known = self.baseline.data if self.baseline else set()
         return not known or not group.data or known == group.data
 
@@ -101,9 +104,29 @@ class Study:
         """Of all groups."""
         return [run for group in self.everything for run in group.runs]
 
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of which there are scores: ``bbox``, ``segm``, ``accuracy``."""
+        return [k for k in MAIN if any(g.values(f"{k}/{MAIN[k]}") for g in self.everything)]
+
+    def gain(self, group: Group, name: str) -> Gain | None:
+        """Of a score over the baseline; None for baseline and teacher, and on other data."""
+        if self.baseline is None or group.role != DISTILLED or not self.on_same_data(group):
+            return None
+        return gain(group.values(name), self.baseline.values(name))
+
+    def recovered(self, group: Group, name: str) -> float | None:
+        """Share of the teacher-student gap; None for baseline and teacher, and on other data."""
+        if self.baseline is None or self.teacher is None or group.role != DISTILLED:
+            return None
+        if not (self.on_same_data(group) and self.on_same_data(self.teacher)):
+            return None
+        values = (g.values(name) for g in (group, self.baseline, self.teacher))
+        return recovered(*values)
+
 
 def collect(runs: Sequence[str], baseline: Sequence[str], teacher: Sequence[str] = ()) -> Study:
-    """Read and group everything that is named.
+    """Read and group the runs of a command line.
 
     Args:
         runs: folders of runs, folders of ``SEEDS``, or glob patterns.
@@ -128,13 +151,13 @@ def collect(runs: Sequence[str], baseline: Sequence[str], teacher: Sequence[str]
                 received=" ".join(named),
                 remedy="give the OUTPUT_DIR of a run that was started",
             )
-    # A pattern may catch them, too. A baseline may well be the teacher of its own student.
+    # A pattern may match them, too. A baseline may be the teacher of its own student.
     apart = {path.resolve() for role in (TEACHER, BASELINE) for path in folders[role]}
     folders[DISTILLED] = [path for path in folders[DISTILLED] if path.resolve() not in apart]
-    found = {role: _grouped(role, paths, study.problems) for role, paths in folders.items()}
-    study.teacher = _single(found[TEACHER], study.problems)
-    study.baseline = _single(found[BASELINE], study.problems)
-    study.groups = found[DISTILLED]
+    groups = {role: _grouped(role, paths, study.problems) for role, paths in folders.items()}
+    study.teacher = _single(groups[TEACHER], study.problems)
+    study.baseline = _single(groups[BASELINE], study.problems)
+    study.groups = groups[DISTILLED]
     _name(study.everything)
     study.problems += [
         Problem(
@@ -148,8 +171,8 @@ def collect(runs: Sequence[str], baseline: Sequence[str], teacher: Sequence[str]
 
 
 def expand(named: Sequence[str], problems: list[Problem]) -> list[Path]:
-    """The folders of single runs; a name that leads nowhere is a problem."""
-    found: list[Path] = []
+    """The folders of single runs; a name without a folder is a problem."""
+    folders: list[Path] = []
     for name in named:
         paths = [Path(name)] if Path(name).is_dir() else []
         if not paths and glob.has_magic(name):
@@ -160,13 +183,13 @@ def expand(named: Sequence[str], problems: list[Problem]) -> list[Path]:
             seeds = [
                 p for p in path.glob("seed_*") if _SEED_FOLDER.fullmatch(p.name) and p.is_dir()
             ]
-            found += sorted(seeds, key=lambda p: int(p.name.split("_")[1])) or [path]
-    return list(dict.fromkeys(found))
+            folders += sorted(seeds, key=lambda p: int(p.name.split("_")[1])) or [path]
+    return list(dict.fromkeys(folders))
 
 
 def comparable(run: Run) -> dict[str, Any]:
-    """The config without what seeds differ in; paths inside the run's own folder are relative."""
-    # A stage's folder lies in that of its run, and its start are the weights of the stage before.
+    """The config without :data:`_OWN_KEYS`; paths inside the run's own folder are relative."""
+    # A stage may start from the weights of the stage before, in the same run folder.
     own = str(run.config.get("OUTPUT_DIR", run.last))
     if run.last != run.folder:
         own = str(Path(own).parent)
@@ -183,12 +206,12 @@ def _grouped(role: str, folders: Sequence[Path], problems: list[Problem]) -> lis
     for folder in folders:
         try:
             run = read_run(folder)
-        # One broken run, whatever broke it, must not cost the report of the others.
+        # Any exception of one run: the report of the others is still of use.
         except Exception as error:
             problems.append(Problem(str(folder), describe(error)))
             continue
         key = json.dumps(comparable(run), sort_keys=True, default=str)
-        # Nobody knows what a run without a config is the same as.
+        # A run without a config cannot be compared, and is a group of its own.
         key = key if run.config else str(folder)
         groups.setdefault(key, Group(role, [])).runs.append(run)
     return list(groups.values())
@@ -209,7 +232,7 @@ def _single(groups: list[Group], problems: list[Problem]) -> Group | None:
 
 
 def _name(groups: Sequence[Group]) -> None:
-    """Give every group a label of its own: names of folders, as many as tell them apart."""
+    """Label each group by as many names of folders as make the labels unique."""
     for group in groups:
         group.label = _common_name(group)
     for depth in range(2, _MOST_FOLDERS + 1):
@@ -224,7 +247,7 @@ def _name(groups: Sequence[Group]) -> None:
 
 
 def _named_folder(group: Group) -> Path:
-    """The folder that somebody named: that of the first run, or of its ``SEEDS``."""
+    """The folder of the first run, or that above the folders of ``SEEDS``."""
     folder = group.runs[0].folder.resolve()
     return folder.parent if _SEED_FOLDER.fullmatch(folder.name) else folder
 

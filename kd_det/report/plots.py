@@ -1,4 +1,4 @@
-"""The drawn parts of a report: every seed as a dot, and curves as small multiples."""
+"""Drawings of a report: every seed as a dot, and curves as small multiples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from kd_det.report.blocks import Picture
+from kd_det.document.blocks import Picture
 from kd_det.report.groups import BASELINE, TEACHER, Group
 
 matplotlib.use("Agg")
@@ -24,17 +24,15 @@ from matplotlib.ticker import FormatStrFormatter, NullFormatter
 # Okabe and Ito's palette: distinct also without colour vision, on light and on dark.
 _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8f6fc9", "#a6761d")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)))
-_POINTS = 200  # of a curve; more is noise and megabytes
+_POINTS = 200  # of a curve
 _COLUMNS = 4
 _WIDTH = 11.0  # inches of every figure, so that text has the same size in all
 _LEGEND_LETTERS = 125  # of one line of a legend
-# One slow iteration would hide all others.
-_LOGARITHMIC = ("time", "data_time")
+_LOGARITHMIC = ("time", "data_time")  # single values far above all others
 
 Panel = Mapping[int, float]
 
-
-# On a light page, and what takes their place on a dark one. None is a colour of the palette.
+# Colours of light pages and those of dark ones in their place. None is a colour of the palette.
 _TEXT, _GRID, _BASELINE, _TEACHER = "#333a45", "#d9dde3", "#6b7280", "#111827"
 _DARK = {_TEXT: "#c9d1d9", _GRID: "#3a424d", _BASELINE: "#9aa4b1", _TEACHER: "#f0f3f6"}
 
@@ -75,7 +73,12 @@ def dots(groups: Sequence[Group], metric: str, axis: str, name: str) -> Picture:
 
 
 def panels(
-    groups: Sequence[Group], names: Sequence[str], name: str, text: str, smooth: bool = True
+    groups: Sequence[Group],
+    names: Sequence[str],
+    name: str,
+    text: str,
+    smooth: bool = True,
+    stage: str = "",
 ) -> Picture | None:
     """One panel per curve: seeds thin, the mean over the seeds of a group on top of them.
 
@@ -83,18 +86,19 @@ def panels(
         groups: whose curves are drawn where they have them.
         names: the curves, as :meth:`kd_det.report.runs.Run.tagged` names them.
         name: of the file.
-        text: says what it shows.
+        text: description of the picture.
         smooth: average neighbouring points of long curves.
+        stage: folder name of an earlier stage, whose curves are drawn; by default the last.
 
     Returns:
         None if there is no such curve of more than one point.
     """
     curves = {
-        (group.label, tag): [c for run in group.runs if (c := run.tagged().get(tag))]
+        (group.label, tag): [c for run in group.runs if (c := run.tagged(stage).get(tag))]
         for group in groups
         for tag in names
     }
-    # A single evaluation, at the end of a run, is no curve.
+    # A single evaluation at the end of a run does not make a curve.
     shown = [
         tag
         for tag in names
@@ -106,12 +110,9 @@ def panels(
 
     def draw() -> Figure:
         rows = math.ceil(len(shown) / _COLUMNS)
+        size = (_WIDTH, 2.0 * rows + 0.5)
         figure, grid = plt.subplots(
-            rows,
-            _COLUMNS,
-            figsize=(_WIDTH, 2.0 * rows + 0.5),
-            squeeze=False,
-            layout="constrained",
+            rows, _COLUMNS, figsize=size, squeeze=False, layout="constrained"
         )
         styles = _styles(groups)
         for axes in grid.flat[len(shown) :]:
@@ -129,17 +130,15 @@ def panels(
                 axes.yaxis.set_minor_formatter(NullFormatter())
             else:
                 axes.locator_params(axis="y", nbins=5)
+        labels = [group.label for group in drawn]
         lines = [
-            Line2D([], [], color=styles[g.label][0], linestyle=styles[g.label][1], linewidth=2)
-            for g in drawn
+            Line2D([], [], color=colour, linestyle=dash, linewidth=2)
+            for colour, dash in (styles[label] for label in labels)
         ]
+        # As many columns as fit side by side: a line before each, and as wide as the longest.
+        columns = max(1, min(len(labels), _LEGEND_LETTERS // (max(map(len, labels)) + 6)))
         figure.legend(
-            lines,
-            [group.label for group in drawn],
-            loc="outside upper left",
-            ncols=_legend_columns([group.label for group in drawn]),
-            frameon=False,
-            handlelength=1.6,
+            lines, labels, loc="outside upper left", ncols=columns, frameon=False, handlelength=1.6
         )
         return figure
 
@@ -173,11 +172,6 @@ def _curve(axes: Axes, seeds: Sequence[Panel], colour: str, dash: Any, smooth: b
         )
 
 
-def _legend_columns(labels: Sequence[str]) -> int:
-    """As many as fit side by side: a line before each, and columns as wide as the longest."""
-    return max(1, min(len(labels), _LEGEND_LETTERS // (max(map(len, labels)) + 6)))
-
-
 def _styles(groups: Sequence[Group]) -> dict[str, tuple[str, Any]]:
     fixed = {BASELINE: (_BASELINE, "-"), TEACHER: (_TEACHER, (0, (4, 2)))}
     styles: dict[str, tuple[str, Any]] = {}
@@ -194,7 +188,7 @@ def _styles(groups: Sequence[Group]) -> dict[str, tuple[str, Any]]:
 
 def _picture(draw: Callable[[], Figure], name: str, text: str) -> Picture:
     colours = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
-    settings: Any = {  # names that mypy knows one by one
+    settings: Any = {  # typed by rc_context as literals
         **dict.fromkeys(colours, _TEXT),
         "axes.edgecolor": _GRID,
         "grid.color": _GRID,
@@ -203,7 +197,7 @@ def _picture(draw: Callable[[], Figure], name: str, text: str) -> Picture:
         "axes.spines.top": False,
         "axes.spines.right": False,
         "font.size": 9,
-        # The same report is the same file.
+        # Reproducible ids.
         "svg.hashsalt": "kd_det",
     }
     with plt.rc_context(settings):

@@ -1,23 +1,27 @@
-"""A run as it lies on disk: finished, interrupted or damaged."""
+"""Runs read from their folders: finished, interrupted or damaged."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kd_det.core.errors import KDError
-from kd_det.report.metrics import Curves, read_metrics
 from kd_det.run.config import literal, load_yaml
 from kd_det.run.curves import curve_tag
 from kd_det.run.folder import CONFIG, DETECTIONS, FINAL, INFERENCE, METRICS, RECORD, RESULTS
 from kd_det.run.record import FAILED, RUNNING, read_record
 
+#: name -> {iterations done: value}
+Curves = dict[str, dict[int, float]]
+
 _TRACES = (CONFIG, RECORD, METRICS, RESULTS, FINAL)
-# What a metric measures is the first part of its name; everything else in metrics.json is a loss,
-# a time or a rate.
+_NAMED_LINES = 5  # of those that cannot be read
+# Scores in metrics.json, by the first part of their name; the others are losses, times and rates.
 KINDS = ("bbox", "segm", "accuracy")
 # Entries of run.json that have parts; git and teacher may be null.
 _ENTRIES: dict[str, type | tuple[type, ...]] = {
@@ -39,10 +43,11 @@ class Run:
         last: the folder of its last stage; ``folder`` itself without stages.
         config: dotted key to value; empty if it cannot be read.
         record: ``run.json``; empty in runs that wrote none.
-        curves: see :func:`kd_det.report.metrics.read_metrics`.
+        curves: see :func:`read_metrics`; of the last stage.
+        earlier: folder names of the stages before, to their curves.
         scores: ``bbox/AP``, ``bbox/AP-<class>``, ``accuracy/top1``, ... in percent.
-        sources: ``bbox``, ``segm`` or ``accuracy`` to where these scores come from.
-        problems: what was wrong with it, in sentences.
+        sources: ``bbox``, ``segm`` or ``accuracy`` to the file of these scores.
+        problems: sentences about its damages.
     """
 
     folder: Path
@@ -50,13 +55,14 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     curves: Curves = field(default_factory=dict)
+    earlier: dict[str, Curves] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     @property
     def seed(self) -> int | None:
-        """The seed it ran with; None if it drew one that nobody wrote down."""
+        """The seed it ran with; None if it was drawn and not recorded."""
         seed = self.record.get("seed", self.config.get("SEED"))
         return seed if isinstance(seed, int) and seed >= 0 else None
 
@@ -73,7 +79,7 @@ class Run:
 
     @property
     def data(self) -> tuple[str, ...]:
-        """What its scores are of: the first test set and its files; empty if nobody knows."""
+        """The first test set and its files, of which its scores are; empty if unknown."""
         if not self.test_sets:
             return ()
         name = self.test_sets[0]
@@ -114,19 +120,24 @@ class Run:
         if self.finished:
             return "finished"
         reached = f"{self.iterations} of {self.planned}" if self.planned else str(self.iterations)
-        told = f" ({self.record['error']})" if self.record.get("error") else ""
+        error = f" ({self.record['error']})" if self.record.get("error") else ""
         verb = "failed" if self.record.get("status") == FAILED else "not finished"
-        return f"{verb}, {reached} iterations{told}"
+        return f"{verb}, {reached} iterations{error}"
 
     @property
     def terms(self) -> list[str]:
-        """Names of its distillation terms that were ever logged."""
+        """Names of its distillation terms that were ever logged, in any stage."""
         named = {key.split(".")[2] for key in self.config if key.startswith("KD.TERMS.")}
-        return sorted(named & set(self.curves))
+        return sorted(named & set(self.curves).union(*self.earlier.values()))
 
-    def tagged(self) -> dict[str, dict[int, float]]:
-        """The curves by the names that all hosts share; see :mod:`kd_det.run.curves`."""
-        return {curve_tag(name, self.terms): points for name, points in self.curves.items()}
+    def tagged(self, stage: str = "") -> Curves:
+        """Curves by the names that all hosts share; see :mod:`kd_det.run.curves`.
+
+        Args:
+            stage: one of :attr:`earlier`; by default the last stage.
+        """
+        curves = self.earlier.get(stage, {}) if stage else self.curves
+        return {curve_tag(name, self.terms): points for name, points in curves.items()}
 
     def weights(self) -> Path | None:
         """The final weights, if there are any."""
@@ -144,13 +155,13 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read what there is; what cannot be read is among the run's problems.
+    """Read the files that there are; damages of others are among the run's problems.
 
     Raises:
-        KDError: nothing in the folder was left by a run.
+        KDError: none of the files in the folder is that of a run.
     """
-    stages = [path for path in folder.glob("stage_*_*") if path.is_dir()]
-    last = max(stages, key=_stage_number) if stages else folder
+    stages = sorted((p for p in folder.glob("stage_*_*") if p.is_dir()), key=_stage_number)
+    last = stages.pop() if stages else folder
     if not any((last / name).exists() for name in _TRACES):
         raise KDError(f"no run: it holds none of {', '.join(_TRACES)}")
     run = Run(folder, last)
@@ -167,15 +178,49 @@ def read_run(folder: Path) -> Run:
         if run.record != record or not record:
             run.problems.append(f"{RECORD} cannot be read, or not all of it")
     if path := run.file(METRICS):
-        curves, problems = read_metrics(path)
-        # Of several test sets the names begin with that of the set; the first counts.
-        first = f"{run.test_sets[0]}/" if len(run.test_sets) > 1 else ""
-        run.curves = {name.removeprefix(first): points for name, points in curves.items()}
-        run.problems += problems
+        run.curves = _curves(run, path)
     else:
         run.problems.append(f"no {METRICS}: no curves and no times")
+    run.earlier = {p.name: _curves(run, p / METRICS) for p in stages if (p / METRICS).is_file()}
     _read_results(run)
     return run
+
+
+def read_metrics(path: Path) -> tuple[Curves, list[str]]:
+    """Every scalar of a file of JSON lines, over iterations done.
+
+    Where an iteration occurs again, after a resume, the later value counts. Lines that cannot be
+    read are left out.
+
+    Returns:
+        The curves in the order of their iterations, and sentences about damages of the file.
+    """
+    values: dict[str, dict[int, float]] = defaultdict(dict)
+    broken = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            done = int(record["iteration"]) + 1
+        except (ValueError, TypeError, KeyError, OverflowError):
+            broken.append(number)
+            continue
+        for name, value in record.items():
+            if name != "iteration" and isinstance(value, (int, float)) and math.isfinite(value):
+                values[name][done] = float(value)
+    curves = {name: dict(sorted(points.items())) for name, points in sorted(values.items())}
+    if not broken:
+        return curves, []
+    listed = ", ".join(map(str, broken[:_NAMED_LINES]))
+    more = f" and {len(broken) - _NAMED_LINES} more" if len(broken) > _NAMED_LINES else ""
+    lines = "lines" if len(broken) > 1 else "line"
+    return curves, [f"{path.name}: {lines} {listed}{more} cut or not JSON, skipped"]
+
+
+def describe(error: Exception) -> str:
+    """The message of an error, with its type where that is not :class:`KDError`."""
+    return str(error) if isinstance(error, KDError) else f"{type(error).__name__}: {error}"
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -190,14 +235,14 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def percentages(results: Any, test: Sequence[str] = ()) -> dict[str, float]:
     """``{"bbox/AP": ...}`` of a host's results; of several test sets, the first of ``test``.
 
-    NaN, which stands for nothing to measure, is left out.
+    NaN, the score of nothing, is left out.
     """
     if isinstance(results, Mapping) and test and test[0] in results:
         results = results[test[0]]
-    found = dict(flatten(results)) if isinstance(results, Mapping) else {}
+    values = dict(flatten(results)) if isinstance(results, Mapping) else {}
     return {
         name.replace(".", "/", 1): float(value)
-        for name, value in found.items()
+        for name, value in values.items()
         if name.split(".")[0] in KINDS
         and isinstance(value, (int, float))
         and value == value  # not NaN
@@ -218,6 +263,15 @@ def _read_results(run: Run) -> None:
             if name.split("/")[0] in KINDS
         }
         run.sources = _sources(run.scores, f"the last evaluation in {METRICS}")
+
+
+def _curves(run: Run, path: Path) -> Curves:
+    curves, problems = read_metrics(path)
+    stage = f"{path.parent.name}/" if path.parent not in (run.last, run.folder) else ""
+    run.problems += [f"{stage}{problem}" for problem in problems]
+    # Of several test sets the names begin with that of the set; the first counts.
+    first = f"{run.test_sets[0]}/" if len(run.test_sets) > 1 else ""
+    return {name.removeprefix(first): points for name, points in curves.items()}
 
 
 def _sources(scores: Mapping[str, float], source: str) -> dict[str, str]:

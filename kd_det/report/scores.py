@@ -1,11 +1,15 @@
-"""Average precision of saved predictions, in all and by size and class, by pycocotools."""
+"""Scores of runs, measured again from their saved predictions where there are any."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
+import math
+import re
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,14 +17,116 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from kd_det.core.errors import fail
-from kd_det.report.truth import Truth
+from kd_det.core.errors import KDError, fail
+from kd_det.data.catalogue import data_root
+from kd_det.data.digits.detection import digits_paths
+from kd_det.report.classified import accuracy, read_answers
+from kd_det.report.runs import Run, describe
+from kd_det.run.folder import DETECTIONS, PREDICTIONS, RESULTS
 
+_COCO = re.compile(r"coco_(\d{4})_(train|val)")
+# Evaluators round differently; predictions of other weights differ by more. In percent.
+_SAME = 0.1
 # Positions in COCOeval's table of precisions [T, R, K, A, M]: IoU thresholds 0.50, 0.55, ..., 0.95;
 # areas all, small, medium, large; at most 1, 10, 100 detections.
 _IOUS = {"AP50": 0, "AP75": 5}
 _AREAS = {"APs": 1, "APm": 2, "APl": 3}
-SIZES = tuple(_AREAS)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A COCO-format data set.
+
+    Attributes:
+        name: as configs name it.
+        coco: its annotations, indexed.
+        root: folder that ``file_name`` is relative to.
+        classes: category id to name; a name that several categories have is followed by the id.
+    """
+
+    name: str
+    coco: COCO
+    root: Path
+    classes: dict[int, str]
+
+
+Truths = dict[str, Truth | KDError]
+
+
+def score(run: Run, truths: Truths) -> None:
+    """Replace the scores of a run by those of its saved predictions.
+
+    If they cannot be used, the reason is added to the run's problems, and its scores stay.
+
+    Args:
+        run: changed in place.
+        truths: the data sets read so far; added to.
+    """
+    detections, answers = run.predictions, run.file(PREDICTIONS)
+    try:
+        if detections is not None:
+            truth = truth_of(run, truths)
+            measured = detection_scores(truth, read_predictions(detections, truth))
+            _take(run, measured, DETECTIONS)
+        elif answers is not None:
+            _take(run, accuracy(read_answers(answers)), PREDICTIONS)
+    # Any exception of one run: the report of the others is still of use.
+    except Exception as error:
+        run.problems.append(f"its saved predictions are not used: {describe(error)}")
+    if not run.scores:
+        run.problems.append(f"no scores: no {RESULTS}, no evaluation in its metrics")
+
+
+def truth_of(run: Run, truths: Truths) -> Truth:
+    """The first data set of a run's ``DATASETS.TEST``, read once for all runs.
+
+    Raises:
+        KDError: see :func:`find_truth`.
+    """
+    name = run.test_sets[0] if run.test_sets else ""
+    key = " ".join(run.data)
+    if key not in truths:
+        try:
+            truths[key] = find_truth(name, run.config)
+        except KDError as error:
+            truths[key] = error
+    truth = truths[key]
+    if isinstance(truth, KDError):
+        raise truth
+    return truth
+
+
+def find_truth(name: str, config: Mapping[str, Any]) -> Truth:
+    """A data set of ``DATASETS.TEST``.
+
+    Args:
+        name: of the data set.
+        config: dotted key to value.
+
+    Raises:
+        KDError: a name without a known place, or no readable json there.
+    """
+    json_file, root = _paths(config, name)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco = COCO(str(json_file))
+            categories = coco.loadCats(sorted(coco.getCatIds()))
+    except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:
+        fail(
+            expected=f"COCO annotations of '{name}' at {json_file}",
+            received=f"{type(error).__name__}: {error}",
+            remedy="set DETECTRON2_DATASETS, or the path in DATASETS.COCO_JSON",
+        )
+    coco.dataset.setdefault("info", {})
+    for annotation in coco.dataset["annotations"]:
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+    counts = Counter(category["name"] for category in categories)
+    classes = {
+        c["id"]: c["name"] if counts[c["name"]] == 1 else f"{c['name']} ({c['id']})"
+        for c in categories
+    }
+    return Truth(name, coco, root, classes)
 
 
 def read_predictions(path: Path, truth: Truth) -> list[dict[str, Any]]:
@@ -31,21 +137,21 @@ def read_predictions(path: Path, truth: Truth) -> list[dict[str, Any]]:
             does not have.
     """
     try:
-        found = json.loads(path.read_bytes())
+        predictions = json.loads(path.read_bytes())
     except ValueError as error:
         _refuse(truth, path, f"a file that is not JSON ({error})")
-    if not isinstance(found, list) or not all(map(_is_detection, found)):
+    if not isinstance(predictions, list) or not all(map(_is_detection, predictions)):
         _refuse(truth, path, "entries without image_id, category_id, bbox or score")
-    strangers = Counter(
+    unknown = Counter(
         kind
-        for entry in found
+        for entry in predictions
         for kind, ids in (("image", truth.coco.imgs), ("category", truth.classes))
         if entry[f"{kind}_id"] not in ids
     )
-    if strangers:
-        named = (f"{count} of an unknown {kind}" for kind, count in strangers.items())
-        _refuse(truth, path, ", ".join(named))
-    return found
+    if unknown:
+        counts = (f"{count} of an unknown {kind}" for kind, count in unknown.items())
+        _refuse(truth, path, ", ".join(counts))
+    return predictions
 
 
 def detection_scores(truth: Truth, predictions: list[dict[str, Any]]) -> dict[str, float]:
@@ -57,17 +163,48 @@ def detection_scores(truth: Truth, predictions: list[dict[str, Any]]) -> dict[st
 
     Returns:
         ``bbox/AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl``, ``AP-<class>``, and the same
-        of ``segm``. What the data set has no objects for is left out.
+        of ``segm``. Classes and sizes without objects are left out.
     """
     kinds = ["bbox"]
     annotations = truth.coco.dataset["annotations"]
-    if predictions and all("segmentation" in found for found in predictions + annotations):
+    if predictions and all("segmentation" in e for e in predictions + annotations):
         kinds.append("segm")
     return {
         f"{kind}/{name}": value
         for kind in kinds
         for name, value in _measured(truth, predictions, kind).items()
     }
+
+
+def _take(run: Run, measured: Mapping[str, float], source: str) -> None:
+    for name in ("bbox/AP", "segm/AP", "accuracy/top1"):
+        before, now = run.scores.get(name), measured.get(name)
+        earlier = run.sources.get(name.split("/")[0])
+        if before is not None and now is not None and not math.isclose(before, now, abs_tol=_SAME):
+            run.problems.append(
+                f"its saved predictions give {name} {now:.2f}, its {earlier} {before:.2f}: they "
+                "are of different evaluations; the former are shown"
+            )
+    run.scores |= measured
+    run.sources |= dict.fromkeys((name.split("/")[0] for name in measured), source)
+
+
+def _paths(config: Mapping[str, Any], name: str) -> tuple[Path, Path]:
+    entry = config.get(f"DATASETS.COCO_JSON.{name}")
+    if isinstance(entry, (list, tuple)) and len(entry) == 2:
+        return Path(entry[0]), Path(entry[1])
+    digits = digits_paths(data_root() / "digits")
+    if name in digits:
+        return digits[name]
+    if match := _COCO.fullmatch(name):
+        year, split = match.groups()
+        folder = data_root() / "coco"
+        return folder / "annotations" / f"instances_{split}{year}.json", folder / f"{split}{year}"
+    fail(
+        expected=f"a known place of data set '{name}'",
+        received="no entry in DATASETS.COCO_JSON and no built-in name",
+        remedy="name it in DATASETS.COCO_JSON of the run's config.yaml",
+    )
 
 
 def _is_detection(entry: Any) -> bool:

@@ -1,26 +1,25 @@
-"""What stands in the sections of a report."""
+"""The contents of the sections of a report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from kd_det.report.blocks import Block, Figure, Table, Text, row
-from kd_det.report.cost import Measured
-from kd_det.report.expense import deployment_table, training_table
-from kd_det.report.groups import Problem, Study
+from kd_det.document.blocks import Block, Cell, Figure, Table, Text, Tone, row
+from kd_det.report.cost import Measured, deployment_table, training_table
+from kd_det.report.groups import MAIN, Group, Problem, Study
 from kd_det.report.plots import dots, panels
-from kd_det.report.summary import Headline, facts, sentences
-from kd_det.report.tables import (
-    LABELS,
-    MAIN,
-    class_table,
-    difference_table,
-    kinds,
-    runs_table,
-    scores_table,
-)
+from kd_det.report.runs import Run
+from kd_det.report.stats import Gain, spread
+from kd_det.report.summary import LABELS, Headline, facts, sentences
 from kd_det.run.curves import GROUPS
+from kd_det.run.folder import DETECTIONS, PREDICTIONS
 
+_KINDS = {"bbox": "Boxes", "segm": "Masks", "accuracy": "Accuracy"}
+_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "top1", "top5", "top1_best")
+_MANY_CLASSES = 20
+_MARK = " †"
 _NAMED = 4
 _VALIDATION = ("bbox/AP", "segm/AP", "accuracy/top1")
 _LOOP = ("lr", "time", "data_time", "max_mem")
@@ -29,11 +28,11 @@ _LOOP = ("lr", "time", "data_time", "max_mem")
 def summary(study: Study, best: Headline | None, measured: Sequence[Measured]) -> list[Block]:
     """One sentence, the numbers, and every run as a dot."""
     blocks: list[Block] = [*sentences(study, best, measured), facts(study, best, measured)]
-    for kind in kinds(study):
+    for kind in study.kinds:
         metric = f"{kind}/{MAIN[kind]}"
-        picture = dots(study.everything, metric, f"{LABELS[metric]} (%)", f"dots_{kind}")
-        note = "A dot is a run, a bar the mean of its seeds; the lines are baseline and teacher."
         label = LABELS[metric]
+        picture = dots(study.everything, metric, f"{label} (%)", f"dots_{kind}")
+        note = "A dot is a run, a bar the mean of its seeds; the lines are baseline and teacher."
         blocks.append(Figure(f"{label[0].upper()}{label[1:]} of every run", picture, note))
     return blocks
 
@@ -41,9 +40,9 @@ def summary(study: Study, best: Headline | None, measured: Sequence[Measured]) -
 def accuracy(study: Study) -> list[Block]:
     """All scores, and those by class."""
     blocks: list[Block] = []
-    for kind in kinds(study):
-        blocks.append(scores_table(study, kind))
-        if (by_class := class_table(study, kind)) is not None:
+    for kind in study.kinds:
+        blocks.append(_scores_table(study, kind))
+        if (by_class := _class_table(study, kind)) is not None:
             blocks.append(by_class)
     return blocks or [Text("No run left any scores.")]
 
@@ -54,15 +53,14 @@ def cost(study: Study, measured: Sequence[Measured]) -> list[Block]:
 
 
 def curves(study: Study) -> list[Block]:
-    """Validation, task losses, terms and the loop."""
-    tags = sorted({tag for run in study.runs for tag in run.tagged()})
+    """Validation, task losses, terms and the loop; then all of these of each earlier stage."""
     terms = sorted({term for run in study.runs for term in run.terms})
     of_terms = [name for t in terms for name in (f"loss/kd/{t}", *(f"{g}/{t}" for g in GROUPS))]
-    of_task = ["loss/total", *(t for t in tags if t.startswith("loss/task/")), "share/task"]
+    tags = sorted({tag for run in study.runs for tag in run.tagged()})
     blocks: list[Block] = []
     for title, names, note, smooth in (
         ("Validation", _VALIDATION, "", False),
-        ("Task losses", of_task, "", True),
+        ("Task losses", _task_losses(tags), "", True),
         ("Distillation terms", of_terms, _terms_note(tags, terms), True),
         ("Loop", _LOOP, "time and data_time in seconds, max_mem in MB.", True),
     ):
@@ -70,9 +68,26 @@ def curves(study: Study) -> list[Block]:
         picture = panels(study.everything, names, name, f"{title} over iterations", smooth)
         if picture is not None:
             blocks.append(Figure(title, picture, note))
-    text = "Over iterations; every seed thin, the mean of a configuration's seeds on top. "
-    text += "Long curves are averaged to 200 points." if blocks else ""
-    return [Text(text), *blocks] if blocks else [Text("No run left any curves.")]
+    # By the folder of the stage, stage_<number>_<name>.
+    stages = sorted({stage for run in study.runs for stage in run.earlier})
+    for stage in stages:
+        tags = sorted({tag for run in study.runs for tag in run.tagged(stage)})
+        names = [*_VALIDATION, *_task_losses(tags), *of_terms]
+        _, number, title = stage.split("_", 2)
+        title = f"Stage {number}: {title}"
+        about = f"{title} over iterations"
+        picture = panels(study.everything, names, f"curves_{stage}", about, True, stage)
+        if picture is not None:
+            blocks.append(Figure(title, picture, _terms_note(tags, terms)))
+    if not blocks:
+        return [Text("No run left any curves.")]
+    text = (
+        "Over iterations; every seed thin, the mean of a configuration's seeds on top. Long curves "
+        "are averaged to 200 points."
+    )
+    if stages:
+        text += " Of runs in stages the last one is shown first, then the earlier ones by name."
+    return [Text(text), *blocks]
 
 
 def differences(study: Study) -> list[Block]:
@@ -80,22 +95,43 @@ def differences(study: Study) -> list[Block]:
     blocks: list[Block] = []
     students = [group for group in study.students if group.runs[0].config]
     if len(students) > 1:
-        blocks.append(difference_table(students, "Between the runs"))
+        blocks.append(_difference_table(students, "Between the runs"))
     if study.teacher and study.baseline and study.teacher.runs[0].config:
         pair = [study.baseline, study.teacher]
-        blocks.append(difference_table(pair, "Between baseline and teacher", folded=True))
+        blocks.append(_difference_table(pair, "Between baseline and teacher", folded=True))
     return blocks or [Text("No two configs can be compared.")]
 
 
 def runs(study: Study) -> list[Block]:
-    """Where everything comes from."""
-    return [runs_table(study)]
+    """Seed, state and origin of every run, as far as they are recorded."""
+    columns: dict[str, Callable[[Run], str]] = {
+        "seed": lambda run: "" if run.seed is None else str(run.seed),
+        "state": lambda run: run.state,
+        "scores from": lambda run: ", ".join(dict.fromkeys(run.sources.values())),
+        "versions": _versions,
+        "commit": _commit,
+        "started": _started,
+        "starts": lambda run: str(len(run.record.get("starts", [])) or ""),
+        "teacher's sha256": lambda run: str((run.record.get("teacher") or {}).get("sha256") or "")[
+            :12
+        ],
+        "command": lambda run: " ".join(map(str, run.record.get("command", []))),
+    }
+    cells = {name: [text(run) for run in study.runs] for name, text in columns.items()}
+    shown = [name for name, column in cells.items() if any(column)]
+    rows = [
+        row(str(run.folder), *(cells[name][at] for name in shown))
+        for at, run in enumerate(study.runs)
+    ]
+    return [Table("Runs", ["folder", *shown], rows)]
 
 
 def problems(study: Study) -> list[Block]:
-    """What could not be read, measured or shown; runs with the same trouble together."""
+    """Everything that could not be read, measured or shown; the same problem of many runs once."""
     merged: dict[str, list[str]] = {}
-    for problem in _all_problems(study):
+    own = [Problem(str(run.folder), what) for run in study.runs for what in run.problems]
+    ends = [Problem(str(r.folder), r.state) for r in study.runs if not r.finished]
+    for problem in [*study.problems, *ends, *own]:
         merged.setdefault(problem.what, []).append(problem.where)
     if not merged:
         return [Text("None: everything was found and could be read.")]
@@ -103,17 +139,126 @@ def problems(study: Study) -> list[Block]:
     for what, places in merged.items():
         more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
         rows.append(row(", ".join(places[:_NAMED]) + more, what))
-    return [Table("Problems", ["where", "what"], rows, words=True)]
+    return [Table("Problems", ["where", "what"], rows)]
 
 
-def _all_problems(study: Study) -> list[Problem]:
-    own = [Problem(str(run.folder), what) for run in study.runs for what in run.problems]
-    ends = [Problem(str(r.folder), r.state) for r in study.runs if not r.finished]
-    return [*study.problems, *ends, *own]
+def _scores_table(study: Study, kind: str) -> Table:
+    """A row per configuration: mean, spread, gain over the baseline and its verdict."""
+    names = [f"{kind}/{name}" for name in _METRICS]
+    names = [n for n in names if any(group.values(n) for group in study.everything)]
+    main = f"{kind}/{MAIN[kind]}"
+    rows = []
+    for group in study.everything:
+        gain, share = study.gain(group, main), study.recovered(group, main)
+        rows.append(
+            row(
+                f"{group.label}{_MARK if _marked(group, kind) else ''}",
+                str(len(group.values(main))),
+                *(_score(study, group, name) for name in names),
+                Cell(gain.verdict if gain else "", _tone(gain)),
+                Cell(
+                    "" if share is None else f"{share:.0%}", "" if gain and gain.counts else "muted"
+                ),
+            )
+        )
+    note = (
+        "Percent, mean ± sample standard deviation over seeds; below it the gain over the "
+        "baseline. A gain counts beyond twice the larger of the two deviations."
+    )
+    if any(_marked(group, kind) for group in study.everything):
+        note += (
+            f"{_MARK} Not from saved predictions but from results.json or, of unfinished runs, "
+            "the last evaluation."
+        )
+    elif kind != "accuracy":
+        note += " By pycocotools from the saved predictions."
+    columns = ["model", "seeds", *(n.split("/")[1] for n in names), "verdict", "of the gap"]
+    return Table(_KINDS[kind], columns, rows, note)
+
+
+def _class_table(study: Study, kind: str) -> Table | None:
+    """A row per class: the score of every configuration, and its gain over the baseline."""
+    prefix = f"{kind}/{MAIN[kind]}-"
+    groups = study.everything
+    names = dict.fromkeys(
+        name for group in groups for run in group.counted for name in run.scores
+        if name.startswith(prefix)
+    )  # fmt: skip
+    shown = [group for group in groups if any(group.values(name) for name in names)]
+    if not shown:
+        return None
+    return Table(
+        f"{_KINDS[kind]} by class ({MAIN[kind]})",
+        ["class", *(group.label for group in shown)],
+        [
+            row(name.removeprefix(prefix), *(_score(study, group, name, 1) for group in shown))
+            for name in names
+        ],
+        note="Mean over seeds; below it the gain over the baseline, in colour beyond 2 sd. With "
+        "many classes, a few exceed that by chance.",
+        folded=len(names) > _MANY_CLASSES,
+    )
+
+
+def _difference_table(groups: Sequence[Group], title: str, folded: bool = False) -> Table:
+    """The config keys in which configurations differ."""
+    configs = [group.config() for group in groups]
+    rows = []
+    for key in sorted({key for config in configs for key in config}):
+        values = [_value(config[key]) if key in config else "–" for config in configs]
+        if len(set(values)) > 1:
+            rows.append(row(key, *values))
+    columns = ["key", *(group.label for group in groups)]
+    return Table(title, columns, rows, "" if rows else "None.", folded)
+
+
+def _score(study: Study, group: Group, name: str, digits: int = 2) -> Cell:
+    values, gain = group.values(name), study.gain(group, name)
+    # By class a column is narrow: the mean alone.
+    text = spread(values) if digits > 1 else spread([statistics.mean(values)] if values else [], 1)
+    return Cell(text, note=f"{gain.difference:+.{digits}f}" if gain else "", note_tone=_tone(gain))
+
+
+def _tone(gain: Gain | None) -> Tone:
+    if gain is None or not gain.counts:
+        return "muted"
+    return "good" if gain.difference > 0 else "bad"
+
+
+def _marked(group: Group, kind: str) -> bool:
+    sources = [run.sources[kind] for run in group.counted if kind in run.sources]
+    return any(source not in (DETECTIONS, PREDICTIONS) for source in sources)
+
+
+def _task_losses(tags: Sequence[str]) -> list[str]:
+    return ["loss/total", *(t for t in tags if t.startswith("loss/task/")), "share/task"]
 
 
 def _terms_note(tags: Sequence[str], terms: Sequence[str]) -> str:
-    note = "loss/kd is what is added to the loss"
+    note = "loss/kd is the summand of the loss"
     if any(tag.startswith("raw/") for tag in tags):
-        return f"{note}; raw is the same before its weight, share its share of the gradient."
+        return f"{note}; raw is its value before its weight, share its share of the gradient."
     return f"{note}. These runs did not log values before the weight (raw)." if terms else note
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_value, value))}]"
+    return str(value) if value != "" else "''"
+
+
+def _versions(run: Run) -> str:
+    versions = run.record.get("versions", {})
+    return ", ".join(f"{k} {versions[k]}" for k in ("kd_det", "torch") if k in versions)
+
+
+def _started(run: Run) -> str:
+    starts = run.record.get("starts")
+    return str(starts[0].get("at", "")) if starts and isinstance(starts[0], dict) else ""
+
+
+def _commit(run: Run) -> str:
+    git = run.record.get("git") or {}
+    return f"{str(git['commit'])[:8]}{' with changes' if git.get('dirty') else ''}" if git else ""

@@ -1,4 +1,4 @@
-"""Numbers over seeds, and when a gain is one: the same rule for tables, reports and sentences."""
+"""Statistics over seeds, and the rule by which a gain counts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ DEVIATIONS = 2
 
 @dataclass(frozen=True)
 class Gain:
-    """How much better one sample of runs is than another.
+    """The difference between two samples of runs.
 
     Attributes:
         difference: of the means.
-        noise: the larger of the two sample standard deviations; None where one side has a single
-            run, which tells no noise.
+        noise: the larger of the two sample standard deviations; None where a sample has one run.
         deviations: a gain counts beyond this many times the noise.
     """
 
@@ -42,25 +41,18 @@ class Gain:
 def gain(
     numbers: Sequence[float], baseline: Sequence[float], deviations: int = DEVIATIONS
 ) -> Gain | None:
-    """The gain of one sample over another; None where one is empty.
-
-    Args:
-        numbers: one value per seed.
-        baseline: likewise, of what is compared with.
-        deviations: a gain counts beyond this many standard deviations.
-    """
+    """The gain of one sample over another, a number per seed each; None where one is empty."""
     if not numbers or not baseline:
         return None
     noise = None
     if len(numbers) > 1 and len(baseline) > 1:
-        # The larger of the two spreads: neither row may look steadier than the other.
         noise = max(statistics.stdev(numbers), statistics.stdev(baseline))
     difference = statistics.mean(numbers) - statistics.mean(baseline)
     return Gain(difference, noise, deviations)
 
 
 def spread(numbers: Sequence[float], digits: int = 2) -> str:
-    """``mean ± sample standard deviation``; the mean alone of one number; ``-`` of none."""
+    """``mean ± sample standard deviation``; of one number the mean, of none ``-``."""
     if not numbers:
         return "-"
     deviation = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""

@@ -1,24 +1,24 @@
-"""What the distillation bought and at what cost, in one sentence and a few numbers."""
+"""The gain of the distillation and its cost, in one sentence and a few numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kd_det.report.blocks import Facts, Text
-from kd_det.report.cost import Cost, Measured
-from kd_det.report.expense import count, seconds
-from kd_det.report.groups import TEACHER, Group, Study
+from kd_det.document.blocks import Facts, Text
+from kd_det.report.cost import Cost, Measured, count, slowdown
+from kd_det.report.groups import MAIN, TEACHER, Group, Study
 from kd_det.report.stats import Gain, spread
-from kd_det.report.tables import LABELS, MAIN, gain_of, kinds, recovered_by
+
+LABELS = {"bbox/AP": "box AP", "segm/AP": "mask AP", "accuracy/top1": "top-1 accuracy"}
 
 
 @dataclass(frozen=True)
 class Headline:
-    """The configuration that the summary speaks of.
+    """The configuration that gains most, if any gain counts; else the highest.
 
     Attributes:
-        group: the one that gains most, if any gain counts; else the highest.
+        group: its runs.
         metric: name of the score.
         gain: over the baseline.
     """
@@ -29,27 +29,27 @@ class Headline:
 
 
 def headline(study: Study) -> Headline | None:
-    """The best distilled configuration by the first thing that was measured; finished ones first.
+    """The best distilled configuration by the first kind of score; finished ones first.
 
     None where nothing can be compared.
     """
-    for kind in kinds(study):
+    for kind in study.kinds:
         metric = f"{kind}/{MAIN[kind]}"
-        found = [
+        candidates = [
             Headline(group, metric, gain)
             for group in study.groups
-            if (gain := gain_of(study, group, metric)) is not None
+            if (gain := study.gain(group, metric)) is not None
         ]
-        if found:
-            return max(found, key=_rank)
+        if candidates:
+            return max(candidates, key=_rank)
     return None
 
 
 def sentences(study: Study, best: Headline | None, measured: Sequence[Measured]) -> list[Text]:
-    """The summary; a gain within noise is no gain."""
+    """The summary; a difference within noise is not called a gain."""
     if best is None or study.baseline is None:
         return [Text("Nothing can be compared: no score of both a run and the baseline was found.")]
-    texts = [Text(f"{_bought(study, best)} {_paid(study, best, measured)}")]
+    texts = [Text(f"{_gained(study, best)} {_paid(study, best, measured)}")]
     if len(study.groups) > 1:
         texts.append(Text(_count(study, best.metric)))
     unfinished = [str(run.folder) for run in study.runs if not run.finished]
@@ -69,31 +69,28 @@ def facts(study: Study, best: Headline | None, measured: Sequence[Measured]) -> 
             f"{LABELS[best.metric]}, {best.group.label} over the baseline: {best.gain.verdict}",
         )
     )
-    share = recovered_by(study, best.group, best.metric)
+    share = study.recovered(best.group, best.metric)
     if share is not None and best.gain.counts and best.gain.difference > 0:
         entries.append((f"{share:.0%}", "of the gap between baseline and teacher closed"))
-    if ratio := _slower(study, best.group):
+    if ratio := slowdown(study, best.group):
         entries.append((f"× {ratio:.2f}", "training time per iteration"))
     own, teacher = _costs(best.group, measured)
     if own:
-        of_teacher = [""] * 2
+        size, time = ("parameters at inference", f"per image on {own.device}")
         if teacher:
-            of_teacher = [f" (teacher: {count(teacher.parameters)})"]
-            of_teacher += [f" (teacher: {1000 * teacher.seconds:.3g} ms)"]
-        entries.append((count(own.parameters), f"parameters at inference{of_teacher[0]}"))
-        entries.append(
-            (f"{1000 * own.seconds:.3g} ms", f"per image on {own.device}{of_teacher[1]}")
-        )
+            size += f" (teacher: {count(teacher.parameters)})"
+            time += f" (teacher: {1000 * teacher.seconds:.3g} ms)"
+        entries += [(count(own.parameters), size), (f"{1000 * own.seconds:.3g} ms", time)]
     return Facts(entries)
 
 
-def _rank(found: Headline) -> tuple[bool, bool, float]:
-    gain = found.gain
-    all_finished = all(run.finished for run in found.group.counted)
+def _rank(candidate: Headline) -> tuple[bool, bool, float]:
+    gain = candidate.gain
+    all_finished = all(run.finished for run in candidate.group.counted)
     return all_finished, gain.counts and gain.difference > 0, gain.difference
 
 
-def _bought(study: Study, best: Headline) -> str:
+def _gained(study: Study, best: Headline) -> str:
     assert study.baseline is not None
     own, alone = best.group.values(best.metric), study.baseline.values(best.metric)
     name, label, gain = best.group.label, LABELS[best.metric], best.gain
@@ -102,7 +99,7 @@ def _bought(study: Study, best: Headline) -> str:
         where = "above" if gain.difference > 0 else "below"
         return (
             f"{name} is {abs(gain.difference):.2f} {label} {where} the baseline ({numbers}); "
-            "a single seed does not tell whether that is more than noise."
+            "a single seed does not show whether that is more than noise."
         )
     seeds = f"{len(own)} and {len(alone)} seeds"
     if not gain.counts:
@@ -115,7 +112,7 @@ def _bought(study: Study, best: Headline) -> str:
             f"No gain: {name}, the highest, loses {-gain.difference:.2f} {label} against the "
             f"baseline ({numbers}, {seeds}; {gain.verdict})."
         )
-    share = recovered_by(study, best.group, best.metric)
+    share = study.recovered(best.group, best.metric)
     gap = f" and closes {share:.0%} of the gap to the teacher" if share is not None else ""
     return (
         f"{name} gains {gain.difference:.2f} {label} over the baseline ({numbers}, {seeds}; "
@@ -124,7 +121,7 @@ def _bought(study: Study, best: Headline) -> str:
 
 
 def _paid(study: Study, best: Headline, measured: Sequence[Measured]) -> str:
-    ratio = _slower(study, best.group)
+    ratio = slowdown(study, best.group)
     training = f"An iteration of training took {ratio:.2f} times as long. " if ratio else ""
     own, teacher = _costs(best.group, measured)
     alone, _ = _costs(study.baseline, measured) if study.baseline else (None, None)
@@ -139,7 +136,7 @@ def _paid(study: Study, best: Headline, measured: Sequence[Measured]) -> str:
 
 
 def _count(study: Study, metric: str) -> str:
-    gains = [gain for group in study.groups if (gain := gain_of(study, group, metric))]
+    gains = [gain for group in study.groups if (gain := study.gain(group, metric))]
     better = sum(gain.counts and gain.difference > 0 for gain in gains)
     worse = sum(gain.counts and gain.difference < 0 for gain in gains)
     unknown = sum(gain.noise is None for gain in gains)
@@ -150,14 +147,8 @@ def _count(study: Study, metric: str) -> str:
         (worse, "lost more than 2 sd"),
         (unknown, "of unknown noise"),
     ]
-    told = ", ".join(f"{number} {what}" for number, what in parts if number)
-    return f"Of {len(gains)} distilled configurations: {told} ({LABELS[metric]})."
-
-
-def _slower(study: Study, group: Group) -> float | None:
-    own = seconds(group)
-    usual = seconds(study.baseline) if study.baseline else None
-    return own / usual if own and usual else None
+    counts = ", ".join(f"{number} {what}" for number, what in parts if number)
+    return f"Of {len(gains)} distilled configurations: {counts} ({LABELS[metric]})."
 
 
 def _costs(group: Group, measured: Sequence[Measured]) -> tuple[Cost | None, Cost | None]:

@@ -89,8 +89,8 @@ def class_order_permuted(world, folder, monkeypatch):
         "Class lists",
         "error",
         (
-            "to objects of 'red' the teacher answers with its class 2 ('yellow')",
-            "to objects of 'green' the teacher answers with its class 0 ('red')",
+            "objects of 'red' are predicted as the teacher's class 2 ('yellow')",
+            "objects of 'green' are predicted as the teacher's class 0 ('red')",
             "another order",
         ),
     )
@@ -106,7 +106,12 @@ def a_weight_of_1e_minus_9(world, folder, monkeypatch):
         world.student("KD.TERMS.review.WEIGHT", "1e-9"),
         "Terms",
         "warning",
-        ("'review' has no say", "WEIGHT 1e-09", "KD.TERMS.review.WEIGHT", "would give it 20%"),
+        (
+            "'review' has hardly any effect",
+            "WEIGHT 1e-09",
+            "KD.TERMS.review.WEIGHT",
+            "would give it 20%",
+        ),
     )
 
 
@@ -115,7 +120,7 @@ def a_weight_of_1e6(world, folder, monkeypatch):
         world.student("KD.TERMS.review.WEIGHT", "1e6"),
         "Terms",
         "warning",
-        ("'review' drowns everything else", "WEIGHT 1e+06", "would give it 20%"),
+        ("'review' dominates all others", "WEIGHT 1e+06", "would give it 20%"),
     )
 
 

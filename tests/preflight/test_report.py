@@ -18,14 +18,13 @@ from kd_det.preflight import (
     Preflight,
     Section,
     Settings,
-    Table,
     budget,
     gate,
     preflight,
     require,
     run,
 )
-from kd_det.preflight.page import FILES, prepare_folder, write_report
+from kd_det.preflight.gate import FILES, prepare_folder, write_report
 from kd_det.preflight.run import TITLES
 from kd_det.preflight.terms import proposed_weight
 
@@ -68,7 +67,7 @@ def test_the_page_holds_every_finding_and_cell_and_needs_nothing_else(tmp_path):
     write_report(report, tmp_path)
     page = (tmp_path / "preflight.html").read_text()
     # Nothing is fetched, nothing of the run's own texts is markup.
-    assert not re.search(r"(src|href)=\"(?!data:)|@import|url\(", page)
+    assert not re.search(r"(src|href)=\"(?!data:|#)|@import|url\(", page)
     assert "<script>" not in page
     assert "<b>weight" not in page
     shown = unescape(page)
@@ -95,12 +94,6 @@ def test_a_folder_that_holds_anything_else_is_refused_and_left_alone(tmp_path, r
         (earlier / name).write_text("old")
     prepare_folder(earlier)
     assert sorted(os.listdir(earlier)) == sorted(FILES)
-
-
-def test_columns_of_numbers_are_told_from_texts():
-    columns = {"a b": False, "1,234 -": True, "12% 0.1%": True, "1e-07 -3": True, "8×32 4": False}
-    table = Table("", tuple(columns), tuple(zip(*map(str.split, columns), strict=True)))
-    assert [table.is_numeric(k) for k in range(len(columns))] == list(columns.values())
 
 
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.9])

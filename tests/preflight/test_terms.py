@@ -56,7 +56,7 @@ def test_a_gradient_that_is_not_finite_is_an_error_and_counts_in_no_share(broken
     assert section.data["b"]["share"] == pytest.approx(1e-4 / (1 + 1e-4))
     (warning,) = messages(section, "warning")
     # 0.25 of what is left, the task alone, and 1e-4 of it per weight of 1.
-    assert "'b' has no say" in warning
+    assert "'b' has hardly any effect" in warning
     assert "WEIGHT 2.5e+03 would give it 20%" in warning
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kd_det.report.blocks import Picture
+from kd_det.document.blocks import Picture
 from tests.report.made_up import report, write_study
 
 

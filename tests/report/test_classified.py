@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd_det.report.blocks import Gallery, Table
+from kd_det.document.blocks import Gallery, Table
 from kd_det.report.classified import Answer, accuracy, answer_blocks, differing, read_answers
 from tests.report.made_up import config, html_tables, report, write_run
 

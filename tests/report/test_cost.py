@@ -9,8 +9,7 @@ import torch
 
 from kd_det.hosts.torchvision_detection.config import load_config
 from kd_det.hosts.torchvision_detection.train import build_training_model
-from kd_det.report.cost import measure_all
-from kd_det.report.expense import count, deployment_table
+from kd_det.report.cost import count, deployment_table, measure_all
 from kd_det.report.groups import collect
 from tests.report.made_up import metric_lines, write_run, write_truth
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from kd_det.report.matching import Found, match, match_all, ranked, tally
+from kd_det.report.detected import Match, match, match_all, ranked, tally
 from tests.report.made_up import detections, write_truth
 
 OBJECT = {"bbox": [10.0, 10.0, 20.0, 20.0], "category_id": 1}
@@ -34,7 +34,7 @@ def test_an_object_is_found_by_its_class_at_half_overlap(detection, found):
 
 
 def test_detections_below_half_certainty_are_not_there():
-    assert match([OBJECT], [detected(score=0.49)]) == Found([], [], frozenset())
+    assert match([OBJECT], [detected(score=0.49)]) == Match([], [], frozenset())
 
 
 def test_an_object_is_found_once_by_the_surest_detection():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from kd_det.report.metrics import read_metrics
+from kd_det.report.runs import read_metrics
 
 
 def write(path, *lines):

@@ -11,7 +11,6 @@ import yaml
 from kd_det.core.errors import KDError
 from kd_det.report.groups import collect
 from kd_det.report.runs import percentages, read_run
-from kd_det.report.tables import gain_of, recovered_by
 from tests.report.made_up import config, metric_lines, write_run
 
 TRUTH = Path("/nowhere/truth.json")
@@ -147,9 +146,9 @@ def test_runs_on_other_data_are_not_compared(tmp_path, baseline):
     other = str(run(tmp_path / "o", KD__X=1, DATASETS__TEST=["another"]))
     study = collect([str(run(tmp_path / "kd", KD__X=2)), other], [baseline], [teacher])
     by_name = {group.label: group for group in study.everything}
-    assert recovered_by(study, by_name["kd"], "bbox/AP") is None
-    assert gain_of(study, by_name["kd"], "bbox/AP") is not None
-    assert gain_of(study, by_name["o"], "bbox/AP") is None
+    assert study.recovered(by_name["kd"], "bbox/AP") is None
+    assert study.gain(by_name["kd"], "bbox/AP") is not None
+    assert study.gain(by_name["o"], "bbox/AP") is None
     told = {problem.where for problem in study.problems if "other data" in problem.what}
     assert told == {"t", "o"}
 

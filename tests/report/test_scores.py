@@ -12,8 +12,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from kd_det.report.scores import detection_scores, read_predictions
-from kd_det.report.truth import find_truth
+from kd_det.report.scores import detection_scores, find_truth, read_predictions
 from tests.report.made_up import NAMES, detections, write_truth
 
 
