@@ -50,7 +50,7 @@ def inspect_teacher(section: Section, context: Context) -> None:
         seconds = _predict(section, context)
         rows += _evaluate(section, context, seconds)
     finally:
-        section.table("The models, and what they expect of pixels", ("", *_SIDES), rows)
+        section.table("The models, and the pixels they expect", ("", *_SIDES), rows)
 
 
 def _describe(section: Section, context: Context) -> list[tuple[str, ...]]:
