@@ -32,8 +32,7 @@ from kd_det.core.errors import check_known, fail, nearest
 from kd_det.hosts.classification.checkpoints import load_public
 from kd_det.hosts.classification.models.base import CifarNet, scaled
 from kd_det.hosts.classification.models.mobilenet import CifarMobileNetV2
-from kd_det.hosts.classification.models.resnet import WIDTHS, CifarResNet
-from kd_det.hosts.classification.models.resnet50 import CifarResNet50
+from kd_det.hosts.classification.models.resnet import WIDTHS, CifarResNet, CifarResNet50
 from kd_det.hosts.classification.models.shufflenet_v1 import CifarShuffleNetV1
 from kd_det.hosts.classification.models.shufflenet_v2 import CifarShuffleNetV2
 from kd_det.hosts.classification.models.vgg import CifarVGG

@@ -1,10 +1,11 @@
-"""What the CIFAR networks share: a chain of named parts, their ends, and their taps.
+"""What the CIFAR networks share: a chain of named parts, their stem and head, and their taps.
 
 Shape legend: ``N`` images, ``C`` channels, ``H, W`` height and width, ``K`` classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -27,16 +28,43 @@ class CifarNet(nn.Sequential):
     public_names: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     def taps(self) -> dict[str, Tap]:
-        """Where to listen, by tap name; see :mod:`kd_det.hosts.classification.taps`."""
+        """Taps by name; see :mod:`kd_det.hosts.classification.taps`."""
         raise NotImplementedError
 
 
 class ResidualNet(CifarNet):
-    """A :class:`CifarNet` of a ``relu`` stem and stages whose blocks end in a sum and ``relu``."""
+    """A :class:`CifarNet` whose stem ends in ``relu``, as do all blocks of its stages."""
 
     def taps(self) -> dict[str, Tap]:
         """``stem``, ``stage1``, ... with ``_first`` and ``_pre``, ``pooled``, ``logits``."""
         return {"stem": Tap("relu"), **stage_taps(self), **last_sum_taps(self), **head_taps()}
+
+
+def stem(in_channels: int, channels: int, kernel: int) -> dict[str, nn.Module]:
+    """The beginning of a residual network, which keeps the size of the image."""
+    return {
+        "conv1": conv(in_channels, channels, kernel),
+        "bn1": nn.BatchNorm2d(channels),
+        "relu": nn.ReLU(),
+    }
+
+
+def residual_stages(
+    block: Callable[[int, int, int], nn.Module], widths: Sequence[int], counts: Sequence[int]
+) -> dict[str, nn.Module]:
+    """Backbone stages ``layer1``, ``layer2``, ..., all but the first with stride 2.
+
+    Args:
+        block: ``(in_channels, channels, stride) -> block``.
+        widths: channels of the stem and of each stage.
+        counts: number of blocks of each stage.
+    """
+    layers: dict[str, nn.Module] = {}
+    for k, count in enumerate(counts, 1):
+        first = block(widths[k - 1], widths[k], 1 if k == 1 else 2)
+        rest = [block(widths[k], widths[k], 1) for _ in range(count - 1)]
+        layers[f"layer{k}"] = nn.Sequential(first, *rest)
+    return layers
 
 
 def head(channels: int, num_classes: int) -> dict[str, nn.Module]:
@@ -51,7 +79,7 @@ def head(channels: int, num_classes: int) -> dict[str, nn.Module]:
 def conv(
     in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, groups: int = 1
 ) -> nn.Conv2d:
-    """A convolution that keeps the size up to its stride; the norm after it has the bias."""
+    """A padded convolution without bias, which the norm after it has."""
     return nn.Conv2d(
         in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False
     )
@@ -123,5 +151,5 @@ def he_init(model: nn.Module, linear_std: float | None = None) -> None:
 
 
 def scaled(factor: float, widths: tuple[int, ...]) -> tuple[int, ...]:
-    """Channel counts times ``factor``, rounded down as in the papers' code, at least one."""
+    """Channel counts times ``factor``, rounded down as in the papers' code, at least 1."""
     return tuple(max(1, int(width * factor)) for width in widths)

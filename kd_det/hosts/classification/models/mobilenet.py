@@ -15,20 +15,19 @@ from torch import Tensor, nn
 from kd_det.core.taps import Tap
 from kd_det.hosts.classification.models.base import CifarNet, conv, he_init, head, head_taps, scaled
 
-_EXPANSION = 6
 _STEM = 32
 _LAST = 1280
 #: Expansion, channels, blocks and first stride of the seven groups.
 _GROUPS = (
     (1, 16, 1, 1),
-    (_EXPANSION, 24, 2, 1),
-    (_EXPANSION, 32, 3, 2),
-    (_EXPANSION, 64, 4, 2),
-    (_EXPANSION, 96, 3, 1),
-    (_EXPANSION, 160, 3, 2),
-    (_EXPANSION, 320, 1, 1),
+    (6, 24, 2, 1),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
 )
-#: First and last group of each stage, a stage being what runs at one size.
+#: First and last group of each backbone stage: the groups that work at one size.
 _STAGES = ((0, 1), (2, 2), (3, 4), (5, 6))
 
 
@@ -71,18 +70,18 @@ class CifarMobileNetV2(CifarNet):
             blocks += [InvertedResidual(channels, channels, 1, expansion) for _ in range(count - 1)]
             groups.append(nn.Sequential(*blocks))
             before = channels
-        layers: OrderedDict[str, nn.Module] = OrderedDict(
-            conv1=nn.Sequential(*_conv_norm_relu(in_channels, stem, 3, stride=2)),
-            blocks=nn.Sequential(*groups),
-            conv2=nn.Sequential(*_conv_norm_relu(before, last)),
-        )
+        layers = {
+            "conv1": nn.Sequential(*_conv_norm_relu(in_channels, stem, 3, stride=2)),
+            "blocks": nn.Sequential(*groups),
+            "conv2": nn.Sequential(*_conv_norm_relu(before, last)),
+        }
         super().__init__(OrderedDict(layers | head(last, num_classes)))
         he_init(self, linear_std=0.01)
 
     def taps(self) -> dict[str, Tap]:
         """``stem``, ``stage1..4`` with ``_first``, ``pooled``, ``logits``.
 
-        Blocks end in a linear convolution: there is no activation to be before or after.
+        Blocks end in a linear convolution, so that no tap is before or after an activation.
         """
         taps = {"stem": Tap("conv1")}
         for k, (first, last) in enumerate(_STAGES, 1):

@@ -1,8 +1,9 @@
-"""ResNets for CIFAR: three stages of basic blocks, at full, half and quarter size.
+"""ResNets for CIFAR: basic blocks in three backbone stages, and bottlenecks in four (ResNet-50).
 
-He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2, with the
-projection shortcuts (1x1 convolution and norm) of the public distillation collections
-(RepDistiller, mdistiller), whose parameter names these are.
+He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2 and table 1, with
+the projection shortcuts (1x1 convolution and norm) of the public distillation collections
+(RepDistiller, mdistiller), whose parameter names these are. The 3x3 stem and the first stage keep
+the size of the image; every further stage halves it.
 """
 
 from __future__ import annotations
@@ -13,19 +14,22 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from kd_det.core.errors import fail
-from kd_det.hosts.classification.models.base import ResidualNet, conv, he_init, head, shortcut
+from kd_det.hosts.classification.models.base import (
+    ResidualNet,
+    conv,
+    he_init,
+    head,
+    residual_stages,
+    shortcut,
+    stem,
+)
 
 WIDTHS = (16, 16, 32, 64)
+_EXPANSION = 4
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; ReLU after the sum.
-
-    Args:
-        in_channels: of the input map.
-        channels: of the output map.
-        stride: of the first convolution and the shortcut.
-    """
+    """Two 3x3 convolutions, the first with the stride, and a shortcut; ReLU after the sum."""
 
     def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
         super().__init__()
@@ -40,6 +44,30 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         branch = self.relu1(self.bn1(self.conv1(x)))
         branch = self.bn2(self.conv2(branch))
+        return self.relu(branch + self.downsample(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (with the stride) and 1x1 convolution to ``channels``, a quarter as wide inside."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
+        super().__init__()
+        width = channels // _EXPANSION
+        self.conv1 = conv(in_channels, width)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu1 = nn.ReLU()
+        self.conv2 = conv(width, width, 3, stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu2 = nn.ReLU()
+        self.conv3 = conv(width, channels)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.downsample = shortcut(in_channels, channels, stride)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.relu1(self.bn1(self.conv1(x)))
+        branch = self.relu2(self.bn2(self.conv2(branch)))
+        branch = self.bn3(self.conv3(branch))
         return self.relu(branch + self.downsample(x))
 
 
@@ -69,13 +97,19 @@ class CifarResNet(ResidualNet):
                 received=str(depth),
                 remedy="use 8, 14, 20, 32, 44, 56 or 110",
             )
-        layers: OrderedDict[str, nn.Module] = OrderedDict(
-            conv1=conv(in_channels, widths[0], 3), bn1=nn.BatchNorm2d(widths[0]), relu=nn.ReLU()
-        )
-        for k in (1, 2, 3):
-            width, before = widths[k], widths[k - 1]
-            first = BasicBlock(before, width, stride=1 if k == 1 else 2)
-            rest = [BasicBlock(width, width) for _ in range((depth - 2) // 6 - 1)]
-            layers[f"layer{k}"] = nn.Sequential(first, *rest)
+        layers = stem(in_channels, widths[0], 3)
+        layers |= residual_stages(BasicBlock, widths, [(depth - 2) // 6] * 3)
         super().__init__(OrderedDict(layers | head(widths[-1], num_classes)))
+        he_init(self)
+
+
+class CifarResNet50(ResidualNet):
+    """ResNet-50."""
+
+    public_names = ((r"^linear\.", "fc."), (r"\.shortcut\.", ".downsample."))
+
+    def __init__(self, num_classes: int, in_channels: int = 3) -> None:
+        layers = stem(in_channels, 64, 3)
+        layers |= residual_stages(Bottleneck, (64, 256, 512, 1024, 2048), (3, 4, 6, 3))
+        super().__init__(OrderedDict(layers | head(2048, num_classes)))
         he_init(self)

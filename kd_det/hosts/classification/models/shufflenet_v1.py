@@ -12,7 +12,14 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from kd_det.hosts.classification.models.base import ResidualNet, channel_shuffle, conv, head, scaled
+from kd_det.hosts.classification.models.base import (
+    ResidualNet,
+    channel_shuffle,
+    conv,
+    head,
+    scaled,
+    stem,
+)
 
 _GROUPS = 3
 _STEM = 24
@@ -23,13 +30,8 @@ _BLOCKS = (4, 8, 4)
 class ShuffleBlock(nn.Module):
     """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; joined with the input, then ReLU.
 
-    With stride 2 the mean-pooled input is appended to the branch, otherwise it is added.
-
-    Args:
-        in_channels: of the input map.
-        channels: of the output map.
-        stride: 1 or 2.
-        groups: of the first convolution.
+    With stride 2 the mean-pooled input is appended to the branch, with stride 1 it is added.
+    ``groups`` are those of the first convolution.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int, groups: int) -> None:
@@ -70,9 +72,7 @@ class CifarShuffleNetV1(ResidualNet):
 
     def __init__(self, num_classes: int, factor: float = 1.0, in_channels: int = 3) -> None:
         widths = scaled(factor, _WIDTHS)
-        layers: OrderedDict[str, nn.Module] = OrderedDict(
-            conv1=conv(in_channels, _STEM), bn1=nn.BatchNorm2d(_STEM), relu=nn.ReLU()
-        )
+        layers = stem(in_channels, _STEM, 1)
         before = _STEM
         for k, (width, count) in enumerate(zip(widths, _BLOCKS, strict=True), 1):
             # The few channels of the stem are not worth grouping.

@@ -13,16 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_det.core.errors import check_known
-from kd_det.core.taps import Tap
-from kd_det.hosts.classification.models.base import (
-    CifarNet,
-    channel_shuffle,
-    conv,
-    head,
-    head_taps,
-    last_sum_taps,
-    stage_taps,
-)
+from kd_det.hosts.classification.models.base import ResidualNet, channel_shuffle, conv, head, stem
 
 _STEM = 24
 _BLOCKS = (4, 8, 4)
@@ -54,8 +45,8 @@ class ShuffleUnit(nn.Module):
         kept, branch = x.chunk(2, dim=1)
         branch = self.relu1(self.bn1(self.conv1(branch)))
         branch = self.bn3(self.conv3(self.bn2(self.conv2(branch))))
-        # The kept half comes out of a ReLU, so a second one changes nothing; this way the whole
-        # map before the activation is there to be tapped.
+        # The kept half comes out of a ReLU, so a second one changes nothing; in this order the
+        # whole map before the activation can be tapped.
         return channel_shuffle(self.relu(torch.cat([kept, branch], 1)), 2)
 
 
@@ -85,8 +76,10 @@ class DownUnit(nn.Module):
         return channel_shuffle(self.relu(torch.cat([left, right], 1)), 2)
 
 
-class CifarShuffleNetV2(CifarNet):
+class CifarShuffleNetV2(ResidualNet):
     """ShuffleNet V2; weights start as PyTorch's defaults.
+
+    Its ``_pre`` taps are maps before the last ReLU and the shuffle: passed half, then branch.
 
     Args:
         num_classes: number of logits.
@@ -103,9 +96,7 @@ class CifarShuffleNetV2(CifarNet):
         known = [f"x{f:g}" for f in SHUFFLENET_V2_WIDTHS]
         check_known("width of ShuffleNet V2", f"x{factor:g}", known)
         *widths, last = SHUFFLENET_V2_WIDTHS[factor]
-        layers: OrderedDict[str, nn.Module] = OrderedDict(
-            conv1=conv(in_channels, _STEM), bn1=nn.BatchNorm2d(_STEM), relu=nn.ReLU()
-        )
+        layers = stem(in_channels, _STEM, 1)
         before = _STEM
         for k, (width, count) in enumerate(zip(widths, _BLOCKS, strict=True), 1):
             rest = [ShuffleUnit(width) for _ in range(count - 1)]
@@ -113,10 +104,3 @@ class CifarShuffleNetV2(CifarNet):
             before = width
         layers |= {"conv2": conv(before, last), "bn2": nn.BatchNorm2d(last), "relu2": nn.ReLU()}
         super().__init__(OrderedDict(layers | head(last, num_classes)))
-
-    def taps(self) -> dict[str, Tap]:
-        """``stem``, ``stage1..3`` with ``_first`` and ``_pre``, ``pooled``, ``logits``.
-
-        ``_pre`` is the map before the last ReLU and the shuffle: passed half, then branch.
-        """
-        return {"stem": Tap("relu"), **stage_taps(self), **last_sum_taps(self), **head_taps()}

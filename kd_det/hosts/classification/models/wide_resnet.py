@@ -17,6 +17,7 @@ from kd_det.hosts.classification.models.base import (
     he_init,
     head,
     head_taps,
+    residual_stages,
     stage_taps,
 )
 
@@ -24,11 +25,8 @@ from kd_det.hosts.classification.models.base import (
 class PreActivationBlock(nn.Module):
     """Norm, ReLU and 3x3 convolution, twice, and a shortcut; nothing after the sum.
 
-    Args:
-        in_channels: of the input map.
-        channels: of the output map. Where they differ, the shortcut is a 1x1 convolution of the
-            first ReLU's output; otherwise it is the input itself.
-        stride: of the first convolution and the shortcut.
+    Where widths differ, the shortcut is a 1x1 convolution of the first ReLU's output; otherwise it
+    is the input itself.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
@@ -75,12 +73,8 @@ class WideResNet(CifarNet):
                 remedy="use a depth of 10, 16, 22, 28 or 40, as in wrn_16_2",
             )
         widths = (16, 16 * factor, 32 * factor, 64 * factor)
-        layers: OrderedDict[str, nn.Module] = OrderedDict(conv1=conv(in_channels, 16, 3))
-        for k in (1, 2, 3):
-            width = widths[k]
-            first = PreActivationBlock(widths[k - 1], width, stride=1 if k == 1 else 2)
-            rest = [PreActivationBlock(width, width) for _ in range((depth - 4) // 6 - 1)]
-            layers[f"layer{k}"] = nn.Sequential(first, *rest)
+        layers: dict[str, nn.Module] = {"conv1": conv(in_channels, 16, 3)}
+        layers |= residual_stages(PreActivationBlock, widths, [(depth - 4) // 6] * 3)
         layers |= {"bn1": nn.BatchNorm2d(widths[-1]), "relu": nn.ReLU()}
         super().__init__(OrderedDict(layers | head(widths[-1], num_classes)))
         he_init(self)
@@ -88,8 +82,8 @@ class WideResNet(CifarNet):
     def taps(self) -> dict[str, Tap]:
         """``stem``, ``stage1..3`` with ``_first``, ``_pre`` and ``_post``, ``pooled``, ``logits``.
 
-        A stage ends in a bare sum here, and that is what the public distillation codes tap. The
-        norm that follows, at the start of the next stage, gives ``_pre``, its ReLU ``_post``.
+        A stage ends in a sum without activation, which the public distillation codes tap. The norm
+        that follows, at the start of the next stage, gives ``_pre``, its ReLU ``_post``.
         """
         taps = {"stem": Tap("conv1"), **stage_taps(self)}
         followers = (("layer2.0.bn1", "layer2.0.relu1"), ("layer3.0.bn1", "layer3.0.relu1"))
