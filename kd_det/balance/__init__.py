@@ -1,4 +1,4 @@
-"""Weights of the terms that follow the run (``KD.BALANCE``); published methods keep them constant.
+"""Adaptive weights of terms (``KD.BALANCE``); published methods keep them constant.
 
 * ``none``: the configured weights.
 * ``measure``: likewise, and the gradient shares of :mod:`kd_det.balance.shares` are logged.
@@ -7,8 +7,8 @@
 * ``uncertainty``: weights learned as the homoscedastic uncertainty of each term.
 
 In all of them the task's losses stay the stock ones, the ``SCHEDULE`` of a term multiplies on top,
-and a term whose ``WEIGHT`` is 0 stays off. What a scheme knows lies in buffers and parameters,
-``distiller.balance.*`` of a checkpoint, so that a resumed run goes on as it would have.
+and a term whose ``WEIGHT`` is 0 stays off. The state of a scheme is in buffers and parameters,
+``distiller.balance.*`` of a checkpoint, so that a resumed run continues it.
 """
 
 from kd_det.balance.build import SCHEMES, build_balance

@@ -1,8 +1,8 @@
-"""From ``KD.BALANCE`` to a scheme."""
+"""The scheme of a config's ``KD.BALANCE``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kd_det.balance.gradient_share import GradientShare, check_shares
@@ -17,7 +17,7 @@ SCHEMES: dict[str, Callable[[Any, Sequence[Term]], Balance | None]] = {
     "none": lambda node, terms: None,
     "measure": lambda node, terms: MeasuredBalance(terms, node.PERIOD),
     "gradient_share": lambda node, terms: GradientShare(
-        terms, _active(node.SHARES, terms), node.PERIOD
+        terms, {t.name: node.SHARES[t.name] for t in terms if t.name in node.SHARES}, node.PERIOD
     ),
     "gradnorm": lambda node, terms: GradNorm(terms, node.PERIOD, node.ALPHA, node.LR),
     "uncertainty": lambda node, terms: Uncertainty(terms, node.PERIOD),
@@ -29,7 +29,7 @@ _NEED_TASK = ("gradient_share", "gradnorm")
 
 
 def build_balance(cfg: Any, terms: Sequence[Term]) -> Balance | None:
-    """What ``cfg.KD.BALANCE`` asks for; None for constant weights.
+    """The scheme that ``cfg.KD.BALANCE`` names; None for constant weights.
 
     Args:
         cfg: a config of any host.
@@ -37,9 +37,9 @@ def build_balance(cfg: Any, terms: Sequence[Term]) -> Balance | None:
             that stages may switch terms off.
 
     Raises:
-        KDError: an unknown scheme or term, a period below 1, shares that are no shares or do not
-            leave the task any, a scheme that cannot go with ``KD.TASK_WEIGHT`` 0, a clipped term,
-            or a weight that the scheme cannot adapt.
+        KDError: an unknown scheme or term, a period below 1, shares that are not between 0 and 1 or
+            leave none to the task, a scheme that ``KD.TASK_WEIGHT`` 0 excludes, a clipped term, or
+            a weight that the scheme cannot adapt.
     """
     node = cfg.KD.BALANCE
     check_known("KD.BALANCE.NAME", node.NAME, SCHEMES)
@@ -66,8 +66,3 @@ def build_balance(cfg: Any, terms: Sequence[Term]) -> Balance | None:
                 remedy="write for example SHARES: {review: 0.3}, or NAME: measure to see them",
             )
     return SCHEMES[node.NAME](node, terms)
-
-
-def _active(chosen: Mapping[str, float], terms: Sequence[Term]) -> dict[str, float]:
-    names = {term.name for term in terms}
-    return {name: share for name, share in chosen.items() if name in names}

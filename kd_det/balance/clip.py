@@ -1,8 +1,8 @@
 """Clipping the gradient of a term to that of the task (``CLIP: task_norm``; MHGD).
 
 Per parameter tensor: ``g = g_task + clip(g_transfer, ||g_task|| * s)``, where ``s`` grows from 1/2
-to 1 with the epochs since the transfer began. The clip is not linear, so with several processes
-both gradients must be averaged before it. One step of a loop:
+to 1 with the epochs since the transfer began. The clip is not linear; with several processes both
+gradients must be averaged before it. One step of a loop:
 
     >>> extra = transfer_gradients(clipped_terms, parameters)
     >>> task_loss.backward()  # DDP averages this one
@@ -29,15 +29,15 @@ def clip_factor(epochs_since_start: float) -> float:
 def transfer_gradients(
     loss: Tensor, parameters: Sequence[nn.Parameter], retain_graph: bool = True
 ) -> list[Tensor | None]:
-    """Gradients of ``loss``, averaged over processes, beside and not in ``.grad``.
+    """Gradients of ``loss``, averaged over processes; ``.grad`` stays as it is.
 
-    It does not go through the hooks of DDP, which would take it for the step's only backward
-    pass. Every process must call it, each with its loss.
+    They do not pass the hooks of DDP, which would take this for the step's only backward pass.
+    Every process must call it, each with its loss.
 
     Args:
         loss: scalar; sum of the terms to clip.
         parameters: leaves of the graph, the same on every process.
-        retain_graph: keep the graph, whose student part the task's backward pass needs.
+        retain_graph: keep the graph, for the task's backward pass.
 
     Returns:
         One gradient per parameter; None where no process has one.
@@ -64,9 +64,9 @@ def add_clipped_gradients(
         parameters: as given to :func:`transfer_gradients`.
         gradients: its result.
         factor: largest ratio of the two norms, see :func:`clip_factor`.
-        unclipped: parameters that the task does not train, such as adaptors. They take the whole
-            gradient, and so does any other parameter whose ``.grad`` is None. Naming them
-            matters where the task gives them an exact zero, as DDP requires.
+        unclipped: parameters that the task does not train, such as adaptors, where their ``.grad``
+            may be an exact zero, as with DDP. They take the whole gradient, as does any parameter
+            whose ``.grad`` is None.
     """
     free = {id(parameter) for parameter in unclipped}
     with torch.no_grad():

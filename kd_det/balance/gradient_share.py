@@ -12,29 +12,28 @@ from kd_det.balance.measured import MeasuredBalance
 from kd_det.core.errors import check_known, fail
 from kd_det.core.terms import Term
 
-# How far back norms are averaged, in iterations and in measurements, whichever is longer. A
-# batch's norm is off by tens of percent, and early in a run norms change tenfold within some
-# hundred iterations: a longer memory would lag behind them.
+# Norms are averaged over these iterations or measurements, whichever is longer. A batch's norm is
+# off by tens of percent, and early in a run norms change tenfold within some hundred iterations:
+# a longer memory would lag behind them.
 _MEMORY, _MIN_MEASUREMENTS = 30, 3
 # The largest change of a weight at one measurement, except the first.
 _MAX_CHANGE = 2.0
 
 
 class GradientShare(MeasuredBalance):
-    r"""Weights that keep the gradient shares of terms near chosen ones.
+    r"""Weights from chosen gradient shares.
 
     With smoothed norms ``n`` of the unweighted gradients, ``S`` the sum of all chosen shares and
     ``U`` the sum of ``w_u n_u`` over the other terms, which keep their weights,
 
     .. math:: w_i = \frac{s_i}{1 - S} \cdot \frac{n_{task} + U}{n_i}
 
-    gives ``w_i n_i = s_i (n_task + U + sum_j w_j n_j)``: what is left of 1 belongs to the task
-    and the other terms. Norms are averages of their logarithms that forget exponentially, within
-    30 iterations or 3 measurements, and a weight changes at most by a factor of 2 at once.
+    gives ``w_i n_i = s_i (n_task + U + sum_j w_j n_j)``; the task and the other terms have the
+    rest of 1. The norms' logarithms are averaged with exponentially decaying weights, over 30
+    iterations or 3 measurements, and a weight changes at most by a factor of 2 at once.
 
-    The configured ``WEIGHT`` of a chosen term counts until it has been measured for the first
-    time, which is in step 0 unless its gradient, or the task's, is zero or not finite. Such
-    measurements are skipped.
+    A chosen term has its configured ``WEIGHT`` until its first measurement, which is in step 0
+    unless its gradient, or the task's, is zero or not finite. Such measurements are skipped.
 
     Args:
         terms: the terms of the run.
@@ -61,8 +60,8 @@ class GradientShare(MeasuredBalance):
                 )
         self.chosen = {name: float(share) for name, share in chosen.items()}
         self._keep = math.exp(-period / max(_MEMORY, _MIN_MEASUREMENTS * period))
-        # Of the task and every term: averages of log norms, and the weight behind each average,
-        # which makes the first measurements count in full.
+        # Of the task and every term: averages of log norms, and the total weight of each average,
+        # by which it is divided, so that the first measurements count in full.
         self.level: Tensor
         self.mass: Tensor
         self.weights: Tensor
@@ -100,11 +99,7 @@ class GradientShare(MeasuredBalance):
 
 
 def check_shares(chosen: Mapping[str, float]) -> None:
-    """Refuse what cannot be shares of one gradient.
-
-    Raises:
-        KDError: one is no number between 0 and 1, or they leave the task nothing.
-    """
+    """Refuse shares that are not between 0 and 1, or that leave the task none."""
     for name, share in chosen.items():
         number = isinstance(share, (int, float)) and not isinstance(share, bool)
         if not (number and 0 < share < 1):

@@ -53,8 +53,8 @@ class GradNorm(MeasuredBalance):
                     remedy="use the paper's ALPHA 1.5 and LR 0.025",
                 )
         self.alpha, self.lr = alpha, lr
-        # Of the terms, relative to the configured weights; and the first losses, the task's in
-        # front, 0 where there has been none.
+        # Logarithms of the terms' weights relative to the configured ones; and the first losses,
+        # the task's in front, 0 before a first.
         self.log_weights: Tensor
         self.first: Tensor
         self.register_buffer("log_weights", torch.zeros(len(terms)))

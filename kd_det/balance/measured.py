@@ -1,4 +1,4 @@
-"""What a balance is, and the one that only looks."""
+"""The balance that measures gradients and keeps the configured weights; base of the others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PATIENCE = 10  # measurements after which a term that none of them could measur
 
 
 class MeasuredBalance(Balance):
-    """Constant weights, and every ``period`` steps a measurement of all gradients.
+    """Configured weights, and every ``period`` steps a measurement of all gradients.
 
     Args:
         terms: the terms of the run.
@@ -62,7 +62,7 @@ class MeasuredBalance(Balance):
         shared: Sequence[nn.Parameter] | None,
         step: int,
     ) -> dict[str, Tensor]:
-        """Measure, adapt the weights, and say which shares they give.
+        """Measure, adapt the weights, and return the shares that they give.
 
         Raises:
             KDError: the caller of the distiller gives no task losses or shared parameters.
@@ -83,7 +83,7 @@ class MeasuredBalance(Balance):
             self.update(torch.stack(list(report.norms.values())), values, factors)
             weights = {n: self.weight(term, factors[n]) for n, term in self.terms.items()}
             found = shares(report, weights)
-        # Under a gradient scaler a step may overflow; it is skipped, and there is nothing to say.
+        # Under a gradient scaler a step may overflow; the scaler then skips it.
         return found if all(torch.isfinite(share) for share in found.values()) else {}
 
     def update(self, norms: Tensor, losses: Tensor, factors: Mapping[str, float]) -> None:
@@ -92,16 +92,16 @@ class MeasuredBalance(Balance):
         Args:
             norms: gradient norms of the task and the unweighted terms, ``[1 + terms]``.
             losses: their values, likewise.
-            factors: what each term's schedule says in this step.
+            factors: by term name.
         """
 
     def _measure(
         self, losses: Mapping[str, Tensor], shared: Sequence[nn.Parameter]
     ) -> GradientReport:
-        """Norms of unweighted losses, taken of weighted ones: the run's precision suits these.
+        """Norms of unweighted losses, computed from weighted ones, which suit half precision.
 
-        A raw loss may be thousands of times what is trained, and its gradient overflow in half
-        precision, or as much smaller, and vanish.
+        The gradient of a raw loss may overflow or vanish: it can be thousands of times larger or
+        smaller than the trained one.
         """
         scales: dict[str, float | Tensor] = {TASK: 1.0}
         scales |= {name: self._scale(term) for name, term in self.terms.items()}
@@ -110,7 +110,7 @@ class MeasuredBalance(Balance):
         return GradientReport(norms, report.cosines)
 
     def _scale(self, term: Term) -> float | Tensor:
-        """The weight of a term at full schedule; 1 where that is 0, which nothing divides by."""
+        """The weight of a term at full schedule, or 1 where that is 0: norms are divided by it."""
         weight = self.weight(term, 1.0)
         if isinstance(weight, Tensor):
             weight = weight.detach()
@@ -118,7 +118,7 @@ class MeasuredBalance(Balance):
         return weight or 1.0
 
     def _report_unmeasured(self, norms: Mapping[str, Tensor]) -> None:
-        """Warn once of terms whose gradient could not be measured in any of the first steps."""
+        """Warn once of terms whose gradient no early measurement found positive and finite."""
         self._measurements += 1
         if not self._unmeasured or self._measurements > _PATIENCE:
             return
@@ -136,11 +136,7 @@ class MeasuredBalance(Balance):
 
 
 def check_signs(terms: Sequence[Term], scheme: str) -> None:
-    """Refuse negative weights, for schemes that learn a positive factor.
-
-    Raises:
-        KDError: naming the first of them.
-    """
+    """Refuse negative weights, for schemes that learn a positive factor."""
     for term in terms:
         if term.weight < 0:
             fail(

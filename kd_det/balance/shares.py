@@ -1,8 +1,8 @@
-"""How much each loss pulls at the student: gradient norms on shared parameters, and shares.
+"""Gradient norms of several losses on shared parameters, and each loss's share of their sum.
 
 The share of a loss ``x`` is ``||g_x|| / (||g_task|| + sum_t ||g_t||)``, where ``g`` are gradients
-of the task and of the *weighted* terms on parameters that all of them train. Values of losses say
-nothing about that: their scales differ by orders of magnitude.
+of the task and of the *weighted* terms on parameters that all of them train. Values of losses do
+not show it: their scales differ by orders of magnitude.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def gradient_norms(
 def shares(
     report: GradientReport, weights: Mapping[str, float | Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Share of each loss in the sum of all gradient norms; all 0 where every norm is.
+    """Share of each loss in the sum of all gradient norms; 0 if all norms are.
 
     Args:
         report: gradients of the task and the terms.

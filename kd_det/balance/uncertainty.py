@@ -1,4 +1,4 @@
-"""Uncertainty weighting: weights learned as the noise of each term."""
+"""Uncertainty weighting: weights learned as homoscedastic uncertainties of the terms."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Uncertainty(MeasuredBalance):
     """Uncertainty weighting (Kendall et al. 2018, https://arxiv.org/abs/1705.07115).
 
     A term becomes ``exp(-s) * WEIGHT * loss + s`` with a learned log variance ``s`` that starts
-    at 0; it comes to rest where the weighted loss is 1. The task stays at weight 1, so this
-    weighs terms against it and not its own losses against each other, and the factor 1/2 that the
+    at 0; its fixed point is a weighted loss of 1. The task stays at weight 1, so that terms are
+    weighed against it and not its own losses against each other, and the factor 1/2 that the
     paper has for regression is left to ``WEIGHT``. The log variances belong to the optimiser of
     the student, weight decay included. The logged loss of a term contains ``s``.
 

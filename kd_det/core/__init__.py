@@ -1,1 +1,1 @@
-"""What every run is made of: errors, taps, teacher, terms, distiller; torch and fvcore only."""
+"""What every run consists of: errors, taps, teacher, terms, distiller; torch and fvcore only."""

@@ -1,7 +1,7 @@
-"""Learnable bridges between student and teacher shapes, and the parameter-free ones.
+"""Bridges between the shapes of student and teacher, learnable or without parameters.
 
 "Adaptor" covers what papers call connector, regressor, projector or guided layer. A transform
-that one paper owns, such as ReviewKD's ABF, lives in that paper's loss file.
+of a single paper, such as ReviewKD's ABF, is in the file of that paper's loss.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class ConvAdaptor(nn.Module):
     width.
 
     Args:
-        student_channels: channels of the student map.
-        teacher_channels: channels of the teacher map.
-        student_size: ``(H, W)`` of the student map, or None.
-        teacher_size: ``(H, W)`` of the teacher map, or None.
-        relu: end in a ReLU; right where the teacher tap is post-ReLU, wrong on FPN levels.
+        student_channels: C_s.
+        teacher_channels: C_t.
+        student_size: ``(H, W)`` of the student's map, or None.
+        teacher_size: likewise of the teacher's.
+        relu: end in a ReLU; right where the teacher's tap follows one, wrong on FPN levels.
 
     Raises:
         KDError: sizes that no row of the table bridges.
@@ -80,7 +80,7 @@ def _bridge(c_s: int, c_t: int, size_s: Size | None, size_t: Size | None) -> nn.
 
 
 def batch_norm(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """Apply ``bn``, with a clear error where training statistics do not exist.
+    """Apply ``bn`` to ``[N, C, H, W]``.
 
     Raises:
         KDError: training mode and one value per channel (a batch of 1 with a 1x1 map).
@@ -97,8 +97,8 @@ def batch_norm(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
 def crop_to(tensor: Tensor, like: Tensor) -> Tensor:
     """Crop the last two axes to those of ``like``.
 
-    Both maps begin at the same pixel and have the same stride, so what a larger padding divisor
-    adds lies at the bottom and right and can be cut without shifting anything.
+    Both maps begin at the same pixel and have the same stride, so that a larger padding divisor
+    adds cells at the bottom and right only.
     """
     return tensor[..., : like.shape[-2], : like.shape[-1]]
 

@@ -1,4 +1,4 @@
-"""Reading and writing weights: the formats teachers come in, and the plain student."""
+"""Weights in files: the formats that teachers are published in, and the plain student."""
 
 from __future__ import annotations
 
@@ -25,12 +25,10 @@ SUFFIXES = (".pkl", ".pth", ".pt", ".ckpt", ".safetensors")
 def read_weights(path: str | Path, keep_distiller: bool = False) -> dict[str, Tensor]:
     """Tensors by key from a weights file.
 
-    Understands Detectron2's zoo format (``.pkl``), torch files that hold a state dict directly
-    or under ``"model"`` or ``"state_dict"`` (``.pth``, ``.pt``, ``.ckpt``), and
-    ``.safetensors``. Learned adaptors (``distiller.*``) of an earlier distillation and the
-    ``module.`` prefix of DDP are dropped.
-
-    Only data is read: a file that would execute code is refused.
+    The formats are Detectron2's zoo format (``.pkl``), torch files that hold a state dict directly
+    or under ``"model"`` or ``"state_dict"`` (``.pth``, ``.pt``, ``.ckpt``), and ``.safetensors``.
+    The ``module.`` prefix of DDP is dropped and so are, unless ``keep_distiller``, the adaptors
+    (``distiller.*``) of an earlier distillation. A file that would execute code is refused.
 
     Raises:
         KDError: the file is missing, empty, of an unknown format, unreadable, or holds no
@@ -63,7 +61,11 @@ def read_weights(path: str | Path, keep_distiller: bool = False) -> dict[str, Te
             received=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             remedy="download or save it again",
         )
-    weights = {_clean(k): _tensor(v) for k, v in _state_dict(loaded).items() if _is_array(v)}
+    weights = {
+        str(key).removeprefix("module."): torch.as_tensor(value)
+        for key, value in _state_dict(loaded).items()
+        if isinstance(value, Tensor) or hasattr(value, "__array__")
+    }
     if not keep_distiller:
         weights = strip_distiller(weights)
     if not weights:
@@ -86,17 +88,17 @@ def load_student(
     complete: bool,
     rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> None:
-    """Load a start for training, or all weights for evaluation.
+    """Load initial weights for training, or all weights for evaluation.
 
     Args:
         student: the stock detector; a distiller inside it stays as it is.
-        weights: a file that :func:`kd_det.core.checkpoint.read_weights` reads.
-        complete: every key must be there, as evaluation needs. Otherwise heads of another class
-            count or absent ones keep their random start, and are listed.
+        weights: a file that :func:`read_weights` reads.
+        complete: require every key, for evaluation. Otherwise absent tensors and those of another
+            shape (heads of other classes) keep their random start, and a warning lists them.
         rename: gives tensors of another layout the student's names.
 
     Raises:
-        KDError: nothing in the file fits, or not everything where it must.
+        KDError: nothing in the file fits, or not every key with ``complete``.
     """
     own, given = strip_distiller(student.state_dict()), read_weights(weights)
     given = rename(given) if rename else given
@@ -114,7 +116,7 @@ def load_student(
 
 
 def load_distiller(distiller: nn.Module, path: str | Path) -> None:
-    """Start what the losses learn from ``distiller.*`` of a checkpoint, where names and shapes fit.
+    """Load the parameters of losses from ``distiller.*`` of a checkpoint, where they fit.
 
     Raises:
         KDError: nothing in the file fits.
@@ -125,7 +127,7 @@ def load_distiller(distiller: nn.Module, path: str | Path) -> None:
         for key, value in read_weights(path, keep_distiller=True).items()
         if key.startswith(DISTILLER_PREFIX)
     }
-    # Steps and the measurements of KD.BALANCE belong to the run they were made in.
+    # Steps and the measurements of KD.BALANCE belong to their own run.
     fitting = {
         k: v
         for k, v in given.items()
@@ -141,17 +143,15 @@ def load_distiller(distiller: nn.Module, path: str | Path) -> None:
 
 
 def name_keys_as_student(module: nn.Module) -> None:
-    """Make the checkpoint of a module that holds a ``student`` look like the student's own.
+    """Give the ``state_dict()`` of a module with a ``student`` the stock model's keys.
 
-    ``state_dict()`` then has the stock model's keys, and ``distiller.*`` beside them; loading
-    accepts the same.
+    The keys of ``distiller.*`` stay beside them; loading accepts the same.
     """
     module.register_state_dict_post_hook(_drop_prefix)
     module.register_load_state_dict_pre_hook(_add_prefix)
 
 
 def _drop_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """The student's keys as the stock model names them."""
     start = prefix + _STUDENT_PREFIX
     for key in [k for k in state if k.startswith(start)]:
         state[prefix + key[len(start) :]] = state.pop(key)
@@ -173,8 +173,7 @@ def export_student(
 ) -> tuple[Path, Path]:
     """Write ``model.pth`` and ``config.yaml`` of the plain student.
 
-    The stock model loads the checkpoint strictly before anything is written, so what is exported
-    is known to load.
+    The stock model loads the checkpoint strictly before anything is written.
 
     Args:
         model: the stock model that ``config`` describes.
@@ -219,7 +218,7 @@ def _load(path: Path) -> Any:
 
 
 class _NumpyUnpickler(pickle.Unpickler):
-    """Zoo files hold dicts of numpy arrays; nothing else may be constructed."""
+    """Constructs dicts of numpy arrays, the content of zoo files, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.partition(".")[0] in ("numpy", "collections", "_codecs") and name in (
@@ -240,15 +239,3 @@ def _state_dict(loaded: Any) -> Mapping[str, Any]:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             return loaded[key]
     return loaded if isinstance(loaded, Mapping) else {}
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, Tensor) or hasattr(value, "__array__")
-
-
-def _tensor(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.as_tensor(value)
-
-
-def _clean(key: str) -> str:
-    return str(key).removeprefix("module.")

@@ -1,8 +1,8 @@
-"""Which of the teacher's classes is which of the student's, by name; and logits that follow.
+"""The teacher's class of each class of the student, and the teacher's logits in that order.
 
 A teacher with more classes than the student, or with the same in another order, can teach logits
 once its columns are the student's classes: :func:`match_classes` finds them by name,
-:func:`map_logits` and :func:`map_labels` apply them.
+:func:`map_logits` and :func:`map_labels` select them.
 
 Shapes: K_s classes of the student, K_t of the teacher. Heads with a background have one logit
 more, first (torchvision) or last (Detectron2).
@@ -28,7 +28,7 @@ NAMES_KEY = "KD.TEACHER.CLASS_NAMES"
 
 @dataclass(frozen=True)
 class ClassMap:
-    """Where each of the student's classes stands among the teacher's outputs.
+    """The position of each class of the student among the teacher's outputs.
 
     Attributes:
         student: names of the student's classes, in the order of its outputs.
@@ -57,9 +57,8 @@ class ClassMap:
 
     @property
     def unmapped(self) -> tuple[int, ...]:
-        """Indices of the teacher's classes that the student does not know."""
-        known = set(self.indices)
-        return tuple(k for k in range(self.teacher_classes) if k not in known)
+        """Indices of the teacher's classes that the student does not have."""
+        return tuple(k for k in range(self.teacher_classes) if k not in self.indices)
 
     def pairs(self) -> list[tuple[str, str, int]]:
         """Per student class: its name, the teacher's name for it, and the teacher's index."""
@@ -79,7 +78,7 @@ class ClassMap:
 def match_classes(
     student: Sequence[str], teacher: Sequence[str], class_map: Mapping[Any, Any] | None = None
 ) -> ClassMap:
-    """Find the teacher's class of each of the student's classes by name.
+    """Match classes by name.
 
     Args:
         student: names in the order of the student's outputs.
@@ -87,9 +86,8 @@ def match_classes(
         class_map: student's name to teacher's, where they differ.
 
     Raises:
-        KDError: a name twice on one side; a class that the teacher lacks; names in ``class_map``
-            that neither side has; or two classes of the student that would share one of the
-            teacher's, which cannot tell them apart.
+        KDError: a name twice on one side; a class that the teacher lacks; a name in ``class_map``
+            that its side lacks; or two classes of the student on one of the teacher's.
     """
     own, others = as_names("the student's classes", student), as_names("the teacher's", teacher)
     for side, names in (("student", own), ("teacher", others)):
@@ -111,12 +109,13 @@ def match_classes(
         _refuse_missing(missing, others, len(own))
     shared = [name for name, count in Counter(wanted).items() if count > 1]
     if shared:
-        users = {
-            name: [s for s, t in zip(own, wanted, strict=True) if t == name] for name in shared
-        }
+        users = [[s for s, t in zip(own, wanted, strict=True) if t == name] for name in shared]
         fail(
             expected="each class of the teacher to teach one class of the student",
-            received="; ".join(f"'{name}' for {', '.join(users[name])}" for name in shared),
+            received="; ".join(
+                f"'{name}' for {', '.join(names)}"
+                for name, names in zip(shared, users, strict=True)
+            ),
             remedy="correct KD.CLASS_MAP, or distil features only: the teacher cannot tell these "
             "classes of the student apart",
         )
@@ -129,19 +128,19 @@ def map_logits(
     background: Literal["first", "last"] | None = None,
     exclusive: bool = True,
 ) -> Tensor:
-    r"""The teacher's logits, as logits of the student's classes.
+    r"""The teacher's logits as logits of the student's classes.
 
-    To the student, an object of a class it does not know is background. So where classes exclude
-    each other the background takes their probability,
+    To the student, an object of a class that it does not have is background. Where classes exclude
+    each other, the background therefore takes their probability,
     :math:`b' = \log(e^b + \sum_{k\ \mathrm{unknown}} e^{z_k})`, and at temperature 1 the softmax
     of the result holds the teacher's marginals exactly. Independent (sigmoid) classes are
-    selected. Without a background selecting is conditioning: the teacher's probabilities, given
-    that it is one of the student's classes.
+    selected. Without a background the softmax of the selected logits is the teacher's probability
+    conditioned on the student's classes.
 
     Args:
         logits: ``[..., K_t]``, or ``[..., K_t + 1]`` with a background; log-probabilities will do.
         class_map: None changes nothing, nor does the identity.
-        background: where it stands, if there is one.
+        background: its position; None for heads without one.
         exclusive: whether the head was trained with a softmax.
 
     Returns:
@@ -175,7 +174,7 @@ def map_logits(
 
 
 def map_labels(labels: Tensor, class_map: ClassMap | None, first: int = 0) -> Tensor:
-    """The teacher's labels of the student's labels, to pick the teacher's channel of a class.
+    """The teacher's labels for the student's labels, which select the teacher's channels.
 
     Args:
         labels: integers of any shape, none of them background.
@@ -190,12 +189,12 @@ def map_labels(labels: Tensor, class_map: ClassMap | None, first: int = 0) -> Te
 def mapped_specs(
     specs: Mapping[str, Any], class_map: ClassMap | None, backgrounds: Mapping[str, int]
 ) -> dict[str, Any]:
-    """The teacher's specs once its logits are mapped.
+    """The teacher's specs after :func:`map_logits`.
 
     Args:
         specs: a :class:`~kd_det.core.loss.TapSpec`, or a list of them, by tap name.
         class_map: None changes nothing.
-        backgrounds: taps of logits, and how many of their channels are no class.
+        backgrounds: for each tap of logits, the number of channels that are no class.
 
     Raises:
         KDError: the map is for a teacher with another number of classes.
@@ -205,9 +204,10 @@ def mapped_specs(
     mapped = dict(specs)
     for name in mapped.keys() & backgrounds.keys():
         extra, spec = backgrounds[name], mapped[name]
-        several = isinstance(spec, (list, tuple))
-        found = [_mapped(name, s, class_map, extra) for s in (spec if several else [spec])]
-        mapped[name] = found if several else found[0]
+        if isinstance(spec, TapSpec):
+            mapped[name] = _mapped(name, spec, class_map, extra)
+        else:
+            mapped[name] = [_mapped(name, s, class_map, extra) for s in spec]
     return mapped
 
 
@@ -218,7 +218,7 @@ def as_names(what: str, names: Collection[Any]) -> tuple[str, ...]:
         KDError: something that is no name.
     """
     for name in names:
-        # YAML reads an unquoted no as False: what was meant is lost.
+        # YAML reads an unquoted no as False, and the spelling is lost.
         if isinstance(name, bool) or not isinstance(name, (str, int)):
             fail(
                 expected=f"names in {what}",

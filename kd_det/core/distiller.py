@@ -1,8 +1,7 @@
-"""Binds taps, adaptor, loss, weight and schedule into named, weighted terms. Runs no model."""
+"""The distiller: named, weighted losses of recorded tensors. It runs no model."""
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,28 +15,30 @@ from kd_det.core.errors import check_known, fail
 from kd_det.core.loss import DistillLoss, TapSpec
 from kd_det.core.numerics import zero_in_graph
 from kd_det.core.registry import LOSSES
-from kd_det.core.terms import Term, parse_terms
+from kd_det.core.terms import Term, missing_arguments, parse_terms
 
 logger = logging.getLogger(__name__)
 
 
 class Distiller(nn.Module):
-    """The losses of one run, with whatever they learn.
+    """The losses of one run with the parameters that they learn.
 
     It belongs beside the student inside the module that DDP wraps; its parameters join the
-    student's optimiser and its state lives under ``distiller.*`` in the checkpoint.
+    student's optimiser and its state is ``distiller.*`` in the checkpoint.
 
     Args:
         terms: parsed terms, or the mapping :func:`kd_det.core.terms.parse_terms` reads.
-        student_specs: what each student tap delivers, by tap name.
+        student_specs: shapes of each student tap, by tap name.
         teacher_specs: likewise for the teacher. A name may map to a list of specs if it stands
             for several tensors (``box_logits`` of a cascade).
         context: names of the context the caller offers, for losses that need it.
         report_period: number of steps after which terms that contributed nothing are reported.
-        balance: adapts the weights to the run, see :mod:`kd_det.balance`; None keeps them as they
-            are configured.
+        balance: adapts the weights to the run, see :mod:`kd_det.balance`. Default: the configured
+            weights.
 
     Attributes:
+        specs: the terms.
+        terms: the loss of each term, by name.
         metrics: of the last forward, detached scalars for logging: ``raw/<term>``, the loss
             without its weight; ``weight/<term>``, all that it was multiplied by; and, in steps in
             which the balance measured them, ``share/task`` and ``share/<term>``.
@@ -89,14 +90,14 @@ class Distiller(nn.Module):
         task: Mapping[str, Tensor] | None = None,
         shared: Sequence[nn.Parameter] | None = None,
     ) -> dict[str, Tensor]:
-        """Weighted scalar losses by term name, and nothing else: trainers sum the dict.
+        """Weighted scalar losses by term name; trainers sum the dict.
 
         Args:
             student: recorded tensors by student tap name; a list where a name stands for
                 several.
             teacher: likewise for the teacher.
-            context: what losses need beyond features. A mapping by tap name is narrowed to the
-                term's taps, in their order.
+            context: values beyond features, by the names in ``needs`` of a loss. A mapping by tap
+                name is narrowed to the term's taps, in their order.
             task: the student's own losses by name, for a balance.
             shared: the student's parameters on which a balance compares gradients.
         """
@@ -209,23 +210,11 @@ def build_loss(
                 remedy="use a loss that needs features only, or a detection host",
             )
     given = dict(term.arguments)
-    given.update(
-        (k, v)
-        for k, v in loss_class.tap_arguments(student, teacher, given).items()
-        if k not in given
-    )
-    required = [
-        name
-        for name, p in inspect.signature(loss_class.__init__).parameters.items()
-        if p.default is p.empty
-        and name not in given
-        and name != "self"
-        and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    ]
-    if required:
+    given = loss_class.tap_arguments(student, teacher, given) | given
+    if missing := missing_arguments(loss_class.__init__, given):
         fail(
-            expected=f"{where} to give {', '.join(n.upper() for n in required)} to {term.loss}",
-            received=f"{', '.join(n.upper() for n in term.arguments) or 'no arguments'}",
+            expected=f"{where} to give {', '.join(missing).upper()} to {term.loss}",
+            received=", ".join(term.arguments).upper() or "no arguments",
             remedy="add the missing key",
         )
     return loss_class(**given)
@@ -259,10 +248,10 @@ def _read_step(module: Any, incompatible: Any) -> None:
 
 
 def tap_specs(captures: Mapping[str, Any]) -> dict[str, TapSpec | list[TapSpec]]:
-    """Specs of tensors recorded from one example batch, for models of a fixed input size.
+    """Specs of recorded tensors, for models of a fixed input size.
 
     Args:
-        captures: ``TapRecorder.read()`` after a forward of an example.
+        captures: ``TapRecorder.read()`` after the forward of an example batch.
 
     Returns:
         Channels, and ``(H, W)`` for maps; a list where several tensors were recorded.

@@ -1,4 +1,4 @@
-"""Precision, exact zeros, entropies and order, as losses and procedures share them."""
+"""Precision, exact zeros, entropies and row order, for losses and procedures."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def no_autocast(tensor: Tensor) -> torch.autocast:
 def zero_in_graph(tensors: Iterable[Tensor]) -> Tensor:
     """An exact zero that still depends on ``tensors``.
 
-    A detached zero would leave parameters without a gradient and make DDP wait for ever. Summing
-    an empty selection instead of multiplying by zero keeps it exact where values are not finite.
+    A detached zero would leave parameters without a gradient, for which DDP waits. A sum of no
+    elements, unlike a product with 0, is exact where values are not finite.
     """
     total: Tensor | None = None
     for tensor in tensors:
@@ -39,7 +39,7 @@ def zero_in_graph(tensors: Iterable[Tensor]) -> Tensor:
 def logit_entropy(logits: Tensor) -> Tensor:
     r"""``-sum_c p_c log p_c`` of the softmax at temperature 1, in nats.
 
-    From log-probabilities: ``p * log(p)`` would be NaN for a saturated logit.
+    Computed from log-probabilities: ``p * log(p)`` would be NaN for a saturated logit.
 
     Args:
         logits: ``[M, C]``, any floating dtype, computed in at least float32.

@@ -1,4 +1,4 @@
-"""Registries of losses and schedules: names a config may use."""
+"""Registries of losses and schedules, by the names that a config uses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kd_det.core.errors import check_known
 
 
 class Registry(_FvcoreRegistry):
-    """fvcore's registry, except that an unknown name is answered with the nearest known one."""
+    """fvcore's registry, whose error about an unknown name suggests the nearest known one."""
 
     def register(self, obj: Any = None) -> Any:  # type: ignore[override]
         """Decorator that registers under the object's own name, or under a given string.
@@ -31,10 +31,10 @@ class Registry(_FvcoreRegistry):
         return decorate
 
     def get(self, name: str) -> Any:
-        """Return the object registered as ``name``.
+        """The object registered as ``name``.
 
         Raises:
-            KDError: ``name`` is not registered; the message suggests the nearest name.
+            KDError: ``name`` is not registered.
         """
         check_known(self._name, name, (known for known, _ in self))
         return super().get(name)

@@ -1,8 +1,8 @@
-"""Forward hooks that record what a stock model computes while it runs unchanged.
+"""Forward hooks that record tensors of a stock model while it runs unchanged.
 
-A :class:`Tap` says where to listen, a :class:`TapRecorder` listens to several taps of one model.
-Hooks exist only inside :meth:`TapRecorder.recording`, so a deep copy (EMA) or a pickle of the
-model carries none, and inference pays nothing.
+A :class:`Tap` names a tensor of a model, a :class:`TapRecorder` records several taps of one model.
+Hooks exist only inside :meth:`TapRecorder.recording`: a deep copy (EMA) or a pickle of the model
+carries none, and inference has no overhead.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kd_det.core.teacher import FrozenTeacher
 
 @dataclass(frozen=True)
 class Tap:
-    """One place to listen to.
+    """The input or output of one module.
 
     Attributes:
         path: dotted module path, as in ``named_modules()``.
@@ -44,8 +44,8 @@ class TapRecorder:
     """Records the taps of one model.
 
     Args:
-        model: the module to listen to, or a frozen teacher. It is not changed and its forward is
-            not wrapped. A deep copy of a module that owns its recorder listens to the copy; a
+        model: a module, or a frozen teacher. It is not changed and its forward is not wrapped. In
+            a deep copy of a module that owns its recorder, the recorder belongs to the copy; a
             frozen teacher stays shared.
         taps: name to :class:`Tap`, or to a plain module path.
 
@@ -74,13 +74,13 @@ class TapRecorder:
 
     @property
     def model(self) -> nn.Module:
-        """The module that is listened to."""
+        """The recorded module."""
         target = self._target
         return target.model if isinstance(target, FrozenTeacher) else target
 
     @contextmanager
     def recording(self) -> Iterator[TapRecorder]:
-        """Listen while the block runs; earlier captures are dropped."""
+        """Record while the block runs; earlier captures are dropped."""
         self.release()
         handles = []
         modules = dict(self.model.named_modules())
@@ -97,12 +97,11 @@ class TapRecorder:
                 handle.remove()
 
     def read(self) -> dict[str, Any]:
-        """What was recorded, by tap name.
+        """Recorded values by tap name.
 
         Raises:
-            KDError: a module did not run, or ran another number of times than its tap says; or a
-                recorded tensor was overwritten in place afterwards, so its values are no longer
-                the ones the model used.
+            KDError: a module did not run as often as its tap states; or a recorded tensor was
+                overwritten in place afterwards and no longer holds what the model used.
         """
         return {name: self._read_one(name, tap) for name, tap in self.taps.items()}
 

@@ -1,14 +1,14 @@
 """The frozen teacher.
 
-Freezing is four duties, and no one of them implies another:
+A frozen model needs four things, none of which implies another:
 
 1. eval mode that survives the parent's ``.train()``;
 2. ``requires_grad_(False)``;
 3. no gradient graph;
 4. no entry in the student's checkpoint, its optimiser or DDP.
 
-:class:`FrozenTeacher` is deliberately *not* an ``nn.Module``: assigned as an attribute of a
-module it stays outside the module tree, which settles 1 and 4.
+:class:`FrozenTeacher` is deliberately *not* an ``nn.Module``: as an attribute of a module it stays
+outside the module tree, which gives 1 and 4.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from kd_det.core.errors import fail, listed
 
 
 class FrozenTeacher:
-    """A model that is only ever looked at.
-
-    Args:
-        model: any module; it is switched to eval mode and its parameters stop requiring
-            gradients. The caller must not keep training it.
+    """A model in eval mode, outside the module tree, whose outputs carry no gradient graph.
 
     Deep copies share the teacher instead of cloning it: an EMA of the student needs no second
     teacher. Since ``.to()`` or ``.double()`` on the student do not reach it, call
     :meth:`follow` with a student tensor before use.
+
+    Args:
+        model: any module; it is switched to eval mode and its parameters stop requiring
+            gradients. The caller must not train it any further.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -41,7 +41,7 @@ class FrozenTeacher:
         self._around: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the teacher; the result carries no gradient graph."""
+        """The output of the teacher, without a gradient graph."""
         with self.inference() as model:
             return model(*args, **kwargs)
 
@@ -88,13 +88,13 @@ def load_strict(
     Args:
         model: the teacher.
         state_dict: tensors by key.
-        source: where they come from, for the message.
+        source: names their origin in the message.
         optional_parts: parts of keys that formats legitimately add or drop, such as
             Detectron2's ``anchor_generator.cell_anchors`` in older files.
 
     Raises:
-        KDError: nothing in it, missing, unexpected or mis-shaped keys; the message lists them.
-            The model is left untouched.
+        KDError: missing, unexpected or mis-shaped keys, which the message lists. The model is left
+            untouched.
     """
     own = model.state_dict()
     given = {k: v for k, v in state_dict.items() if k in own or not _matches(k, optional_parts)}
@@ -124,15 +124,7 @@ def load_strict(
 
 
 def check_teacher_config(config_file: str, example: str) -> None:
-    """Refuse a ``KD.TEACHER.CONFIG_FILE`` that is not there.
-
-    Args:
-        config_file: its value.
-        example: a path to suggest.
-
-    Raises:
-        KDError: it is empty, or no file.
-    """
+    """Refuse a ``KD.TEACHER.CONFIG_FILE`` that is empty or no file; suggest ``example``."""
     if not config_file or not Path(config_file).is_file():
         fail(
             expected="KD.TEACHER.CONFIG_FILE to name the teacher's complete config",
@@ -142,15 +134,12 @@ def check_teacher_config(config_file: str, example: str) -> None:
 
 
 def check_teacher_weights(weights: str, config_file: str, allow_random: bool) -> None:
-    """Refuse an untrained teacher that nobody asked for.
+    """Refuse an untrained teacher without ``KD.TEACHER.ALLOW_RANDOM``.
 
     Args:
-        weights: what the teacher would be loaded from.
+        weights: the file of the teacher's weights; empty for random ones.
         config_file: the teacher's config, for the message.
-        allow_random: ``KD.TEACHER.ALLOW_RANDOM``.
-
-    Raises:
-        KDError: there are no weights and no permission.
+        allow_random: permits empty ``weights``.
     """
     if not weights and not allow_random:
         fail(
@@ -162,5 +151,5 @@ def check_teacher_weights(weights: str, config_file: str, allow_random: bool) ->
         )
 
 
-def _matches(key: str, endings: tuple[str, ...]) -> bool:
-    return any(ending in key for ending in endings)
+def _matches(key: str, parts: tuple[str, ...]) -> bool:
+    return any(part in key for part in parts)

@@ -16,8 +16,7 @@ from kd_det.core.registry import LOSSES, SCHEDULES
 from kd_det.core.schedules import Constant, Schedule
 
 _OWN_KEYS = ("LOSS", "WEIGHT", "TAPS", "SCHEDULE", "CLIP")
-CLIPS = ("none", "task_norm")
-
+Clip = Literal["none", "task_norm"]
 TapPair = tuple[str, str]
 
 
@@ -43,15 +42,14 @@ class Term:
     weight: float = 1.0
     arguments: Mapping[str, Any] = field(default_factory=dict)
     schedule: Schedule = field(default_factory=Constant)
-    clip: str = "none"
+    clip: Clip = "none"
 
 
 def parse_terms(terms: Mapping[str, Mapping[str, Any]]) -> list[Term]:
-    """Read ``{name: {LOSS, WEIGHT, TAPS, SCHEDULE, <argument>...}}``.
+    """Read ``{name: {LOSS, WEIGHT, TAPS, SCHEDULE, CLIP, <argument>...}}``.
 
     Raises:
-        KDError: an unknown loss, schedule or key, a value of the wrong type, or no taps. Nothing
-            is built before all terms are read.
+        KDError: an unknown loss, schedule or key, a value of the wrong type, or no taps.
     """
     return [_parse_term(name, node) for name, node in terms.items()]
 
@@ -75,7 +73,7 @@ def _parse_term(name: str, node: Mapping[str, Any]) -> Term:
         fail(
             expected=f"{where} to have a LOSS",
             received=f"keys {', '.join(node) or '(none)'}",
-            remedy=nearest(str(node.get("LOSS")), _loss_names()),
+            remedy=nearest(str(node.get("LOSS")), [name for name, _ in LOSSES]),
         )
     loss_class = LOSSES.get(node["LOSS"])
     weight = node.get("WEIGHT", 1.0)
@@ -95,7 +93,7 @@ def _parse_term(name: str, node: Mapping[str, Any]) -> Term:
         )
     schedule = build_schedule(where, raw_schedule)
     clip = node.get("CLIP", "none")
-    check_choice(f"CLIP of {where}", clip, CLIPS)
+    check_choice(f"CLIP of {where}", clip, Clip)
     arguments = {k.lower(): v for k, v in node.items() if k not in _OWN_KEYS}
     for key in node:
         if key not in _OWN_KEYS and key != key.upper():
@@ -140,14 +138,16 @@ def check_heads(terms: Sequence[Term], sigmoid_taps: Collection[str]) -> None:
 
 def build_schedule(where: str, node: Mapping[str, Any]) -> Schedule:
     """The schedule a ``SCHEDULE`` mapping describes."""
-    factory = SCHEDULES.get(node["NAME"])
+    factory, what = SCHEDULES.get(node["NAME"]), f"schedule {node['NAME']} of {where}"
     arguments = {k.lower(): v for k, v in node.items() if k != "NAME"}
-    _check_arguments(f"schedule {node['NAME']} of {where}", factory, arguments, complete=True)
+    _check_arguments(what, factory, arguments)
+    if missing := missing_arguments(factory, arguments):
+        fail(
+            expected=f"{what} to get {', '.join(missing).upper()}",
+            received=", ".join(arguments).upper() or "nothing",
+            remedy="add the missing key",
+        )
     return factory(**arguments)
-
-
-def _loss_names() -> list[str]:
-    return [name for name, _ in LOSSES]
 
 
 def _parse_taps(where: str, taps: Any) -> tuple[TapPair, ...]:
@@ -155,11 +155,7 @@ def _parse_taps(where: str, taps: Any) -> tuple[TapPair, ...]:
     for tap in taps if isinstance(taps, (list, tuple)) else (taps,):
         if isinstance(tap, str) and tap:
             pairs.append((tap, tap))
-        elif (
-            isinstance(tap, (list, tuple))
-            and len(tap) == 2
-            and all(isinstance(side, str) for side in tap)
-        ):
+        elif _fits(tap, tuple[str, str]):
             pairs.append((tap[0], tap[1]))
         else:
             fail(
@@ -176,27 +172,27 @@ def _parse_taps(where: str, taps: Any) -> tuple[TapPair, ...]:
     return tuple(pairs)
 
 
-def _check_arguments(
-    what: str, function: Any, arguments: Mapping[str, Any], complete: bool = False
-) -> None:
-    """Check names and types against the signature of ``function``."""
-    parameters = {
-        n: p
-        for n, p in inspect.signature(function).parameters.items()
-        if n != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+def _parameters(function: Any) -> dict[str, inspect.Parameter]:
+    return {
+        name: parameter
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name != "self"
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     }
-    hints = typing.get_type_hints(function)
+
+
+def missing_arguments(function: Any, given: Collection[str]) -> list[str]:
+    """Names of the parameters without default that ``given`` lacks."""
+    parameters = _parameters(function).items()
+    return [name for name, p in parameters if p.default is p.empty and name not in given]
+
+
+def _check_arguments(what: str, function: Any, arguments: Mapping[str, Any]) -> None:
+    """Check names and types against the signature of ``function``."""
+    hints, parameters = typing.get_type_hints(function), _parameters(function)
     for name, value in arguments.items():
         check_known(f"argument of {what}", name, parameters)
         _check_type(what, name, value, hints.get(name, Any))
-    if complete:
-        missing = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments]
-        if missing:
-            fail(
-                expected=f"{what} to get {', '.join(n.upper() for n in missing)}",
-                received=f"{', '.join(n.upper() for n in arguments) or 'nothing'}",
-                remedy="add the missing key",
-            )
 
 
 def _check_type(what: str, name: str, value: Any, hint: Any) -> None:
