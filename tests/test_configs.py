@@ -23,7 +23,13 @@ REDUCTIONS = {"reduction", "mode", "normalizer"}
 # what it changes in the defaults of its host.
 RESOLVED = json.loads((Path(__file__).parent / "resolved_configs.json").read_text())
 # Path at that commit -> path today.
-RENAMED: dict[str, str] = {}
+RENAMED = {
+    "configs/classification/digits/student.yaml": (
+        "configs/classification/digits/pairs/resnet14_x0.5_resnet20.yaml"
+    ),
+    "configs/digits/student_frcnn.yaml": "configs/digits/pairs/frcnn.yaml",
+    "configs/digits/student_mrcnn.yaml": "configs/digits/pairs/mrcnn.yaml",
+}
 
 
 def arguments(name):
