@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from kd_det.core.terms import Term
-from kd_det.hosts.detection.terms import BOX_TAPS
+from kd_det.hosts.detection.heads import BOX_TAPS
 from kd_det.losses.at import ATLoss
 from kd_det.losses.fgfi import FGFILoss, fgfi_mask
 from kd_det.losses.irg.graph import edge_matrix

@@ -8,10 +8,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from kd_det.core.class_map import ClassMap
 from kd_det.data.coco_json import category_names
 from kd_det.hosts.detectron2.datasets import DIGITS, json_entry
+from kd_det.hosts.detectron2.family import FAMILY
 from kd_det.hosts.detectron2.teacher import teacher_config
 from kd_det.run.class_names import given_names, run_class_map
-
-LOGITS = ("box_logits", "mask_logits", "cls_logits")
 
 
 def num_classes(cfg: CfgNode) -> int:
@@ -58,4 +57,4 @@ def build_class_map(cfg: CfgNode) -> ClassMap | None:
     Raises:
         KDError: see :func:`kd_det.run.class_names.run_class_map`.
     """
-    return run_class_map(cfg, teacher_config(cfg), LOGITS, num_classes, class_names)
+    return run_class_map(cfg, teacher_config(cfg), FAMILY.class_taps, num_classes, class_names)

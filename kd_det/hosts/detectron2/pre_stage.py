@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from kd_det.core.class_map import ClassMap
 from kd_det.core.errors import fail
 from kd_det.core.taps import Tap, TapRecorder
-from kd_det.hosts.detectron2 import taps as host_taps
-from kd_det.hosts.detectron2 import teacher_pass
+from kd_det.hosts.detection.heads import TeacherStep
 from kd_det.hosts.detectron2.datasets import training_dicts
+from kd_det.hosts.detectron2.family import FAMILY
+from kd_det.hosts.detectron2.heads import BOXES
+from kd_det.hosts.detectron2.meta_arch import reordered
 from kd_det.hosts.detectron2.progress import ProgressBar, ShowProgress
 from kd_det.hosts.detectron2.teacher import Teacher
 from kd_det.hosts.detectron2.trainer import Trainer, data_parallel, unwrap
@@ -170,13 +172,13 @@ class TeacherCaptures:
     ) -> None:
         self._frozen, self._class_map = teacher.frozen, class_map
         self._flip = input_format != teacher.input_format
-        known, _ = host_taps.feature_taps(teacher.frozen.model, wanted)
+        known = FAMILY.features(teacher.frozen.model, wanted).taps
         taps = {name: tap for name, tap in known.items() if name in wanted}
-        self._box_taps = set(wanted).intersection(host_taps.BOX_TAPS)
+        of_boxes = FAMILY.with_rows("RoIs")
+        self._box_taps = set(wanted).intersection(of_boxes)
         if unknown := set(wanted) - taps.keys() - self._box_taps:
             fail(
-                expected="a pre-stage on maps of the backbone, or on "
-                + ", ".join(host_taps.BOX_TAPS),
+                expected="a pre-stage on maps of the backbone, or on " + ", ".join(of_boxes),
                 received=", ".join(sorted(unknown)),
                 remedy="tap one of these",
             )
@@ -187,7 +189,7 @@ class TeacherCaptures:
 
     def __call__(self, batched_inputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Teacher tensors by tap name, from mapped images with their ground truth."""
-        inputs = teacher_pass.reordered(batched_inputs, self._flip)
+        inputs = reordered(batched_inputs, self._flip)
         model: Any
         with self._frozen.inference() as model:
             with self._recorder.recording():
@@ -200,8 +202,13 @@ class TeacherCaptures:
             if self._box_taps:
                 truth = [x["instances"].to(model.device) for x in batched_inputs]
                 sampled = model.roi_heads.label_and_sample_proposals(values["proposals"], truth)
-                boxes = [[own.proposal_boxes for own in sampled]]
-                values |= teacher_pass.box_values(
-                    model, values["features"], boxes, self._box_taps, self._class_map
+                step = TeacherStep(
+                    None,
+                    {BOXES: [own.proposal_boxes for own in sampled]},
+                    teacher=model,
+                    features=values["features"],
+                    class_map=self._class_map,
                 )
+                for head, names in FAMILY.heads_of(self._box_taps):
+                    values |= head.teacher_values(step, names)
         return values

@@ -28,6 +28,7 @@ from kd_det.hosts.detection.terms import check_detection_terms
 from kd_det.hosts.detectron2.condensed import check_kcd
 from kd_det.hosts.detectron2.config import get_cfg
 from kd_det.hosts.detectron2.datasets import prepare_datasets, register_datasets
+from kd_det.hosts.detectron2.family import FAMILY
 from kd_det.hosts.detectron2.pre_stage import prepare_pre_stage
 from kd_det.hosts.detectron2.progress import ProgressBar, progress_bar, setup_logging
 from kd_det.hosts.detectron2.teacher import find_config
@@ -68,7 +69,7 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         check_same_run(cfg.OUTPUT_DIR, cfg)
     check_loggers(cfg)
     if cfg.KD.ENABLED and cfg.MODEL.META_ARCHITECTURE.startswith("Distilled"):
-        check_detection_terms(read_terms(cfg))
+        check_detection_terms(read_terms(cfg), FAMILY)
         find_config(cfg.KD.TEACHER.CONFIG_FILE)
     check_kcd(cfg)
 

@@ -52,13 +52,13 @@ from kd_det.core.errors import fail
 from kd_det.core.taps import Tap
 from kd_det.core.teacher import FrozenTeacher, load_strict
 from kd_det.hosts.detection.kcd import build_condensation
-from kd_det.hosts.detectron2 import taps as host_taps
 from kd_det.hosts.detectron2.backbones import add_backbone_config
 from kd_det.hosts.detectron2.classes import class_names, num_classes, teacher_class_names
 from kd_det.hosts.detectron2.condensed import check_kcd
 from kd_det.hosts.detectron2.config import get_cfg
 from kd_det.hosts.detectron2.datasets import prepare_datasets, register_datasets, training_dicts
 from kd_det.hosts.detectron2.export import export_student
+from kd_det.hosts.detectron2.heads import BOXES, BoxHead, num_box_stages
 from kd_det.hosts.detectron2.teacher import teacher_config
 from kd_det.hosts.detectron2.trainer import student_start
 from kd_det.run.class_names import fitting_names, translated, translation
@@ -117,8 +117,8 @@ class Detectron2Workbench:
             given = cfg.KD.PRE_STAGE.WEIGHTS
             self.pre_stage = open_pre_stage(self.distiller, self.teacher, given)
         self.box_tap: Tap | None = None
-        if "box_logits" in host_taps.head_specs(model):
-            self.box_tap = host_taps.head_taps(model, ["box_logits"])["boxes"]
+        if BoxHead().specs(model):
+            self.box_tap = BoxHead().places(model, [])[BOXES]
 
     # Training
 
@@ -134,7 +134,7 @@ class Detectron2Workbench:
             return training_losses(self.model, self.distiller, batch)
 
     def sampled_boxes(self, capture: Any) -> list[Tensor]:
-        boxes = capture[0] if host_taps.num_box_stages(self.student) > 1 else capture
+        boxes = capture[0] if num_box_stages(self.student) > 1 else capture
         return [each.tensor for each in boxes]
 
     def pictures(self, batch: Any) -> list[Tensor]:

@@ -8,8 +8,8 @@ from kd_det.core.class_map import ClassMap
 from kd_det.core.errors import KDError
 from kd_det.data.coco_json import category_names
 from kd_det.hosts.torchvision_detection.data import DIGITS, dataset_paths
+from kd_det.hosts.torchvision_detection.family import FAMILY
 from kd_det.hosts.torchvision_detection.models import num_classes
-from kd_det.hosts.torchvision_detection.taps import LOGITS
 from kd_det.hosts.torchvision_detection.teacher import teacher_config
 from kd_det.run.class_names import given_names, run_class_map
 
@@ -44,4 +44,4 @@ def build_class_map(cfg: CfgNode) -> ClassMap | None:
     Raises:
         KDError: see :func:`kd_det.run.class_names.run_class_map`.
     """
-    return run_class_map(cfg, teacher_config(cfg), LOGITS, num_classes, class_names)
+    return run_class_map(cfg, teacher_config(cfg), FAMILY.class_taps, num_classes, class_names)

@@ -27,9 +27,10 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
+from kd_det.bench.looks import evaluating
 from kd_det.core.errors import fail, nearest
+from kd_det.hosts.detection.family import PROBE_SIZE
 
-_DRY_RUN_SIZE = 256
 _FCOS_GROUPS = 32  # of the GroupNorm in torchvision's FCOS head
 
 
@@ -135,7 +136,7 @@ def last_children(body: nn.Module) -> dict[int, tuple[str, int]]:
     """
     found: dict[int, tuple[str, int]] = {}
     for name, shape in _run_children(list(body.named_children())):
-        level = math.log2(_DRY_RUN_SIZE / shape[2])
+        level = math.log2(PROBE_SIZE / shape[2])
         if level.is_integer():
             found[int(level)] = (name, shape[1])
     return found
@@ -144,25 +145,20 @@ def last_children(body: nn.Module) -> dict[int, tuple[str, int]]:
 def _run_children(children: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, torch.Size]]:
     """Names and output shapes up to the first child that does not turn a map into a map."""
     shapes = []
-    x = torch.zeros(1, 3, _DRY_RUN_SIZE, _DRY_RUN_SIZE)
-    training = [(m, m.training) for _, child in children for m in child.modules()]
-    try:
-        with torch.no_grad():
-            for name, child in children:
-                try:
-                    y = child.eval()(x)
-                except (RuntimeError, TypeError, ValueError, AssertionError):
-                    break
-                # Maps have channels first and are square here, as the input was.
-                if not isinstance(y, Tensor) or y.dim() != 4 or y.shape[2] != y.shape[3]:
-                    break
-                if y.shape[2] == 1:
-                    break
-                shapes.append((name, y.shape))
-                x = y
-    finally:
-        for module, mode in training:
-            module.training = mode
+    x = torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE)
+    with evaluating(nn.ModuleList(child for _, child in children)):
+        for name, child in children:
+            try:
+                y = child(x)
+            except (RuntimeError, TypeError, ValueError, AssertionError):
+                break
+            # Maps have channels first and are square here, as the input was.
+            if not isinstance(y, Tensor) or y.dim() != 4 or y.shape[2] != y.shape[3]:
+                break
+            if y.shape[2] == 1:
+                break
+            shapes.append((name, y.shape))
+            x = y
     return shapes
 
 
@@ -185,7 +181,7 @@ def _classification_body(name: str, weights: str) -> nn.Module:
         return first
     reached = _run_children(children)
     flat: OrderedDict[str, nn.Module] = OrderedDict()
-    size, split = _DRY_RUN_SIZE, False
+    size, split = PROBE_SIZE, False
     for (child_name, shape), (_, child) in zip(reached, children, strict=False):
         if isinstance(child, nn.Sequential) and size / shape[2] > 2:
             flat.update((f"{child_name}_{n}", c) for n, c in child.named_children())

@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from kd_det.core.class_map import ClassMap, map_logits
+from kd_det.core.class_map import ClassMap
 from kd_det.core.taps import TapRecorder
 from kd_det.core.teacher import FrozenTeacher
-from kd_det.hosts.torchvision_detection.taps import HEAD_TAPS, Detector, TapTable
+from kd_det.hosts.detection.heads import Detector, TapTable
+from kd_det.hosts.torchvision_detection.family import FAMILY
 
 
 class TeacherCaptures:
@@ -43,8 +44,13 @@ class TeacherCaptures:
     ) -> None:
         self.teacher, self.class_map = teacher, class_map
         self.sizes, self.max_size = tuple(sizes), max_size
-        self._through_heads = any(name in HEAD_TAPS for name in wanted)
-        self._recorder = TapRecorder(teacher, {name: table.taps[name] for name in wanted})
+        self._wanted = wanted
+        heads = FAMILY.heads_of(wanted)
+        self._through_heads = bool(heads)
+        taps = {name: table.taps[name] for name in wanted if name in table.taps}
+        for head, names in heads:
+            taps |= head.places(teacher.model, names)
+        self._recorder = TapRecorder(teacher, taps)
 
     def __call__(self, batch: tuple[Sequence[Tensor], Sequence[dict[str, Any]]]) -> dict[str, Any]:
         """Teacher tensors by tap name.
@@ -63,9 +69,10 @@ class TeacherCaptures:
                     model.backbone(model.transform(list(images))[0].tensors)
             recorded = self._recorder.read()
             self._recorder.release()
-            if "box_logits" in recorded:
-                recorded["box_logits"] = map_logits(recorded["box_logits"], self.class_map, "first")
-        return recorded
+            for name, tap in FAMILY.described(model).items():
+                if name in self._wanted and tap.rows == "RoIs" and tap.classes:
+                    recorded[name] = tap.mapped(recorded[name], self.class_map)
+        return {name: recorded[name] for name in self._wanted}
 
 
 @contextmanager

@@ -39,10 +39,10 @@ from kd_det.hosts.torchvision_detection.data import (
 )
 from kd_det.hosts.torchvision_detection.evaluation import COCOMetric
 from kd_det.hosts.torchvision_detection.export import export_student
+from kd_det.hosts.torchvision_detection.heads import BOXES, BoxHead
 from kd_det.hosts.torchvision_detection.lit import set_input_sizes, use_full_precision_levels
 from kd_det.hosts.torchvision_detection.model import DistilledDetector
 from kd_det.hosts.torchvision_detection.models import build_model, num_classes
-from kd_det.hosts.torchvision_detection.taps import BOXES, context_taps
 from kd_det.hosts.torchvision_detection.teacher import teacher_config
 from kd_det.hosts.torchvision_detection.train import build_training_model
 from kd_det.run.class_names import fitting_names, translated, translation
@@ -91,7 +91,9 @@ class TorchvisionWorkbench:
                 load_learned(model.distiller, weights)
             self.pre_stage = open_pre_stage(model.distiller, self.teacher, "")
             set_input_sizes(self.teacher.model, self.teacher_cfg, training=False)
-        self.box_tap = context_taps(self.student).get(BOXES)
+        self.box_tap = (
+            BoxHead().places(self.student, [])[BOXES] if BoxHead().specs(self.student) else None
+        )
         self._seed = max(cfg.SEED, 0)
         if cfg.SOLVER.AMP.ENABLED:
             use_full_precision_levels(model)

@@ -11,6 +11,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
+from kd_det.hosts.detectron2.family import FAMILY
 from tests.hosts.detectron2.models import (
     all_terms,
     batch,
@@ -93,9 +94,7 @@ def test_specs_are_the_tapped_shapes(tmp_path):
     seen = spy(model)
     with EventStorage():
         model(batch())
-    from kd_det.hosts.detectron2.taps import head_specs
-
-    specs = head_specs(model)
+    specs = FAMILY.tap_table(model).specs
     pooled, vectors = seen["s"]["box_pooled"], seen["s"]["box_features"]
     assert pooled.shape[1:] == (specs["box_pooled"].channels, *specs["box_pooled"].size)
     assert vectors.shape[1:] == (specs["box_features"].channels,)

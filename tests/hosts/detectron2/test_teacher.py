@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 
 from kd_det.core.errors import KDError
-from kd_det.hosts.detectron2 import build_teacher, teacher_pass
+from kd_det.hosts.detectron2 import Distillation, build_teacher
 from kd_det.hosts.detectron2.teacher import find_config
 from tests.hosts.detectron2.models import (
     all_terms,
@@ -214,10 +214,10 @@ def test_pixels_are_reordered_before_the_teacher_normalises(tmp_path):
     torch.testing.assert_close(seen[0][0, :, 0, 0], expected)
 
 
-def test_channel_orders_that_cannot_be_converted_are_refused():
-    teacher_pass.check_formats("YUV-BT.601", "YUV-BT.601")
-    with pytest.raises(KDError, match="student RGB, teacher YUV"):
-        teacher_pass.check_formats("RGB", "YUV-BT.601")
+def test_channel_orders_that_cannot_be_converted_are_refused(refuses):
+    Distillation(None, [], input_format="YUV-BT.601", teacher_format="YUV-BT.601")
+    with refuses("student RGB, teacher YUV"):
+        Distillation(None, [], input_format="RGB", teacher_format="YUV-BT.601")
 
 
 def test_a_larger_padding_divisor_of_the_teacher_shifts_nothing(tmp_path):

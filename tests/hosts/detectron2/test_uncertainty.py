@@ -11,10 +11,9 @@ import torch
 pytest.importorskip("detectron2")
 
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
-from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
-from kd_det.hosts.detectron2.uncertainty import anchor_values, roi_values
+from kd_det.hosts.detection.uncertainty import anchor_values, roi_values
 from tests.hosts.detectron2.models import batch, build, distilled_cfg, write_teacher
 
 pytestmark = pytest.mark.detectron2
@@ -33,11 +32,13 @@ def binary(row):
     return -sum(x * math.log(x) + (1 - x) * math.log(1 - x) for x in p)
 
 
-def boxes(*counts):
-    return [Boxes(torch.zeros(n, 4)) for n in counts]
+def sides(labels, classes):
+    """Positive anchors and background in Detectron2's labels."""
+    return (labels >= 0) & (labels < classes), labels == classes
 
 
-def test_a_roi_value_is_the_mean_entropy_of_an_images_rows(randn):
+@pytest.mark.parametrize("mean_first", [False, True])
+def test_a_roi_value_is_the_mean_entropy_of_an_images_rows(mean_first, randn):
     logits = randn(5, 4)
     rows = logits.numpy()
     expected = [
@@ -45,7 +46,7 @@ def test_a_roi_value_is_the_mean_entropy_of_an_images_rows(randn):
         0.0,
         np.mean([entropy(r) for r in rows[2:]]),
     ]
-    found = roi_values([logits], [boxes(2, 0, 3)])
+    found = roi_values([logits], [[2, 0, 3]], mean_first=mean_first)
     np.testing.assert_allclose(found, np.array(expected) / math.log(4))
 
 
@@ -56,22 +57,22 @@ def test_a_cascades_boxes_count_alike(randn):
         np.mean([entropy(first[0])]),
         np.mean([entropy(r) for r in (*first[1:], *second)]),
     ]
-    found = roi_values(stages, [boxes(1, 2), boxes(0, 2)])
+    found = roi_values(stages, [[1, 2], [0, 2]])
     np.testing.assert_allclose(found, np.array(expected) / math.log(4))
 
 
 def test_a_sigmoid_head_has_no_background_column(randn):
     logits = randn(3, 4)
     expected = np.mean([binary(r[:3]) for r in logits.numpy()]) / (3 * math.log(2))
-    assert roi_values([logits], [boxes(3)], sigmoid=True).item() == pytest.approx(expected)
+    assert roi_values([logits[:, :3]], [[3]], sigmoid=True).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("sigmoid", [False, True])
 def test_knowing_nothing_is_one_and_certainty_is_zero(sigmoid):
     certain = torch.full((2, 5), -1e4)
     certain[:, 1] = 1e4
-    assert roi_values([torch.zeros(2, 5)], [boxes(2)], sigmoid).item() == pytest.approx(1)
-    assert roi_values([certain], [boxes(2)], sigmoid).item() == 0
+    assert roi_values([torch.zeros(2, 5)], [[2]], sigmoid).item() == pytest.approx(1)
+    assert roi_values([certain], [[2]], sigmoid).item() == 0
 
 
 def test_anchors_that_matter_are_positive_or_the_highest_background(randn):
@@ -84,17 +85,18 @@ def test_anchors_that_matter_are_positive_or_the_highest_background(randn):
         background.sort(key=lambda a: -rows[a].max())
         chosen = [a for a in range(6) if 0 <= own[a] < classes] + background[:negatives]
         expected.append(np.mean([binary(rows[a]) for a in chosen]) / (classes * math.log(2)))
-    np.testing.assert_allclose(anchor_values(logits, labels, negatives), expected)
+    values = anchor_values(logits, *sides(labels, classes), negatives)
+    np.testing.assert_allclose(values, expected)
 
 
 def test_an_image_of_ignored_anchors_has_the_value_zero(randn):
-    assert anchor_values(randn(1, 4, 3), torch.full((1, 4), -1), 2).tolist() == [0]
+    assert anchor_values(randn(1, 4, 3), *sides(torch.full((1, 4), -1), 3), 2).tolist() == [0]
 
 
 def test_values_carry_no_gradient(randn):
-    assert not roi_values([randn(2, 4, grad=True)], [boxes(2)]).requires_grad
+    assert not roi_values([randn(2, 4, grad=True)], [[2]]).requires_grad
     labels = torch.zeros(1, 4, dtype=torch.long)
-    assert not anchor_values(randn(1, 4, 3, grad=True), labels, 2).requires_grad
+    assert not anchor_values(randn(1, 4, 3, grad=True), *sides(labels, 3), 2).requires_grad
 
 
 @pytest.mark.parametrize("name", ["faster", "cascade"])
@@ -141,7 +143,7 @@ def test_dense_detectors_use_the_labels_of_their_own_loss(name, tmp_path):
         model(batch())
     rows = torch.cat([permute_to_N_HWA_K(x, 10) for x in levels], dim=1)
     assert ((found[0] >= 0) & (found[0] < 10)).any()
-    expected = anchor_values(rows, found[0], 3)
+    expected = anchor_values(rows, *sides(found[0], 10), 3)
     assert torch.equal(model.image_values, expected)
     assert ((expected > 0) & (expected <= 1)).all()
 

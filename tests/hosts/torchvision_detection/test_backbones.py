@@ -7,8 +7,8 @@ import torch
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn
 
 from kd_det.hosts.torchvision_detection.config import get_cfg
+from kd_det.hosts.torchvision_detection.family import FAMILY
 from kd_det.hosts.torchvision_detection.models import build_backbone, build_model, last_children
-from kd_det.hosts.torchvision_detection.taps import tap_table
 from tests.hosts.torchvision_detection.models import student_model, tiny_cfg
 
 
@@ -53,8 +53,9 @@ def test_the_pyramid_stands_on_the_last_layer_of_each_stride(name, channels):
 )
 def test_levels_above_the_backbone_are_torchvisions(levels, keys):
     model = build_model(cfg_with("basic_resnet", levels))
-    table = tap_table(model)
-    assert table.levels == {f"p{k}": key for k, key in zip(levels, keys, strict=True)}
+    table = FAMILY.tap_table(model)
+    selected = {name: table.taps[name].select for name in table.levels}
+    assert selected == {f"p{k}": key for k, key in zip(levels, keys, strict=True)}
     assert [table.specs[f"p{k}"].stride for k in levels] == [2**k for k in levels]
 
 
@@ -69,7 +70,7 @@ def test_the_default_config_has_the_keys_of_torchvisions_builder(arch, build):
     stock = build(weights=None, weights_backbone=None, num_classes=81)
     theirs = stock.state_dict()
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
-    assert tap_table(stock).specs == tap_table(build_model(cfg)).specs
+    assert FAMILY.tap_table(stock).specs == FAMILY.tap_table(build_model(cfg)).specs
 
 
 def test_freezing_stops_where_it_says():
@@ -86,7 +87,7 @@ def test_a_dry_run_leaves_no_trace(name):
     modes = [m.training for m in model.modules()]
     state = {k: v.clone() for k, v in model.state_dict().items()}
     rng = torch.get_rng_state()
-    table = tap_table(model, ["backbone.body.layer2"])
+    table = FAMILY.tap_table(model, ["backbone.body.layer2"])
     assert [m.training for m in model.modules()] == modes
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert torch.equal(rng, torch.get_rng_state())

@@ -11,16 +11,13 @@ import torch
 from torchvision.ops import box_iou
 
 from kd_det.core.errors import KDError
+from kd_det.hosts.detection.heads import recorded_calls
+from kd_det.hosts.detection.uncertainty import anchor_values, roi_values
 from kd_det.hosts.lightning.optim import learning_rate_factor
-from kd_det.hosts.torchvision_detection import model as host_model
+from kd_det.hosts.torchvision_detection import heads
 from kd_det.hosts.torchvision_detection.data import CocoDataset, collate, train_loader
 from kd_det.hosts.torchvision_detection.kcd import build_condensation, planned_config
 from kd_det.hosts.torchvision_detection.train import run
-from kd_det.hosts.torchvision_detection.uncertainty import (
-    anchor_values,
-    recorded_matches,
-    roi_values,
-)
 from tests.hosts.torchvision_detection.models import (
     ARCHITECTURES,
     Stop,
@@ -41,10 +38,10 @@ def test_the_value_of_an_image_is_the_mean_entropy_of_its_rois(randn):
             entropies.append(-sum(x * math.log(x) for x in p))
         expected.append(sum(entropies) / (len(entropies) or 1) / math.log(5))
         start += count
-    values = roi_values(logits, counts)
+    values = roi_values([logits], [counts], mean_first=True)
     np.testing.assert_allclose(values.numpy(), expected, rtol=1e-12)
     assert values[1] == 0  # no RoIs, nothing to be uncertain about
-    np.testing.assert_allclose(roi_values(torch.zeros(4, 11), [1, 3]).numpy(), 1, rtol=1e-6)
+    np.testing.assert_allclose(roi_values([torch.zeros(4, 11)], [[1, 3]]).numpy(), 1, rtol=1e-6)
 
 
 def test_dense_values_are_means_over_positive_and_best_scoring_background_anchors(randn):
@@ -63,20 +60,24 @@ def test_dense_values_are_means_over_positive_and_best_scoring_background_anchor
             for p in 1 / (1 + np.exp(-image[anchor])):
                 total -= p * math.log(p) + (1 - p) * math.log(1 - p)
         expected.append(total / len(chosen) / (3 * math.log(2)))
-    values = anchor_values(logits, matches, negatives=3)
+    matched = torch.stack(matches)
+    values = anchor_values(
+        logits[..., 1:], matched >= 0, matched == -1, negatives=3, mean_first=True
+    )
     np.testing.assert_allclose(values.numpy(), expected, rtol=1e-12)
 
 
 def test_the_matches_of_a_dense_detector_are_its_own():
     model = student_model("RetinaNet", ["INPUT.MIN_SIZE_TRAIN", (80,)]).train()
     images, targets = batch()
-    with recorded_matches(model) as matches:
+    calls = {"matches": heads.DenseHead().uncertainty_places(model)["matches"]}
+    with recorded_calls(model, calls) as seen:
         model(images, targets)
     assert "compute_loss" not in vars(model.head)
     assert model.head.compute_loss.__self__ is model.head
     padded, scaled = model.transform(images, targets)
     anchors = model.anchor_generator(padded, list(model.backbone(padded.tensors).values()))
-    for found, own, target in zip(matches, anchors, scaled, strict=True):
+    for found, own, target in zip(seen["matches"], anchors, scaled, strict=True):
         expected = model.proposal_matcher(box_iou(target["boxes"], own))
         assert torch.equal(found, expected)
 
@@ -87,13 +88,13 @@ def test_a_training_step_leaves_a_value_of_every_image(name, monkeypatch):
     seen = {}
 
     def spy_on(function):
-        original = getattr(host_model, function)
+        original = getattr(heads, function)
 
-        def spy(logits, other, *rest):
+        def spy(logits, other, *rest, **more):
             seen["logits"], seen["other"] = logits, other
-            return original(logits, other, *rest)
+            return original(logits, other, *rest, **more)
 
-        monkeypatch.setattr(host_model, function, spy)
+        monkeypatch.setattr(heads, function, spy)
 
     spy_on("roi_values")
     spy_on("anchor_values")
@@ -104,7 +105,7 @@ def test_a_training_step_leaves_a_value_of_every_image(name, monkeypatch):
     assert not values.requires_grad
     assert ((values > 0) & (values <= 1)).all()
     if "RCNN" in name:
-        assert sum(seen["other"]) == len(seen["logits"])
+        assert sum(seen["other"][0]) == len(seen["logits"][0])
     else:
         assert len(seen["other"]) == 2
     assert distilled(name)._uncertain is None

@@ -8,8 +8,8 @@ import yaml
 
 from kd_det.core.errors import KDError
 from kd_det.core.teacher import FrozenTeacher
+from kd_det.hosts.torchvision_detection.family import FAMILY
 from kd_det.hosts.torchvision_detection.pre_stage import TeacherCaptures
-from kd_det.hosts.torchvision_detection.taps import tap_table
 from kd_det.hosts.torchvision_detection.train import build_training_model, run
 from tests.hosts.torchvision_detection.models import batch, distilled, teacher_model
 
@@ -20,7 +20,7 @@ QUICK = ["KD.PRE_STAGE.MAX_ITER", "4", "SOLVER.MAX_ITER", "2", "DATASETS.TEST", 
 
 def captures(name, taps):
     teacher = FrozenTeacher(teacher_model(name))
-    return teacher, TeacherCaptures(teacher, tap_table(teacher.model), taps, (80,), 96)
+    return teacher, TeacherCaptures(teacher, FAMILY.tap_table(teacher.model), taps, (80,), 96)
 
 
 @pytest.mark.parametrize("name", ["FasterRCNN", "MaskRCNN"])

@@ -7,6 +7,7 @@ import copy
 import math
 import pickle
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,8 @@ import torch
 from torch.nn import functional as F
 
 from kd_det.core.checkpoint import strip_distiller
-from kd_det.hosts.torchvision_detection import teacher_pass
+from kd_det.hosts.torchvision_detection.family import FAMILY
 from kd_det.hosts.torchvision_detection.model import DistilledDetector
-from kd_det.hosts.torchvision_detection.taps import tap_table
 from tests.hosts.torchvision_detection.models import (
     ARCHITECTURES,
     all_terms,
@@ -107,14 +107,14 @@ def test_every_branch_runs_once_per_step():
 def seen(monkeypatch):
     """Student's recorded forward and the teacher's values of the last step."""
     store = {}
-    original = teacher_pass.TeacherPass.__call__
+    original = DistilledDetector.teacher_values
 
-    def spy(self, student, images, recorded):
-        store["recorded"] = dict(recorded)
-        store["teacher"] = original(self, student, images, recorded)
+    def spy(self, step):
+        store["step"], store["recorded"] = step, dict(step.recorded)
+        store["teacher"] = original(self, step)
         return store["teacher"]
 
-    monkeypatch.setattr(teacher_pass.TeacherPass, "__call__", spy)
+    monkeypatch.setattr(DistilledDetector, "teacher_values", spy)
     return store
 
 
@@ -173,7 +173,7 @@ def test_box_taps_are_the_stock_students_modules_on_its_own_boxes(name, seen):
     pooled = heads.box_roi_pool(stock.backbone(recorded["images"]), recorded["boxes"], sizes)
     vectors = heads.box_head(pooled)
     logits = heads.box_predictor(vectors)[0]
-    specs = tap_table(stock).specs
+    specs = FAMILY.tap_table(stock).specs
     for tap, value in (("pooled", pooled), ("features", vectors), ("logits", logits)):
         found = recorded[f"box_{tap}"]
         assert found.requires_grad
@@ -196,7 +196,7 @@ def test_without_rois_every_box_term_is_zero_in_the_graph(seen):
     recorded = dict(seen["recorded"])
     recorded["boxes"] = [boxes[:0] for boxes in recorded["boxes"]]
     student = {tap: recorded[tap][:0] for tap in ("box_pooled", "box_features", "box_logits")}
-    teacher = model._teacher_pass(model.student, images, recorded)
+    teacher = model.teacher_values(replace(seen["step"], recorded=recorded))
     assert {tap: len(value) for tap, value in teacher.items()} == dict.fromkeys(student, 0)
     losses = model.distiller(student, teacher)
     assert all(loss == 0 for loss in losses.values())

@@ -1,0 +1,157 @@
+"""What a host knows about its detectors: maps of their backbones, anchors, and heads."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from kd_det.bench.looks import evaluating
+from kd_det.core.errors import KDError, fail, nearest
+from kd_det.core.loss import TapSpec
+from kd_det.core.taps import Tap, TapRecorder
+from kd_det.hosts.detection.heads import Detector, Head, HeadTap, Specs, Step, TapTable
+
+#: The student's padded batch, recorded in every step.
+IMAGES = "images"
+PROBE_SIZE = 256  # pixels; enough for one cell at stride 128 after padding
+
+
+class Family(ABC):
+    """The detectors of one host.
+
+    Attributes:
+        heads: all heads that distillation knows; a model has some of them.
+        task_losses: names that no term may have, as far as they are known beforehand.
+    """
+
+    task_losses: ClassVar[Collection[str]] = ()
+
+    def __init__(self, *heads: Head) -> None:
+        self.heads = list(heads)
+
+    @abstractmethod
+    def features(self, model: Detector, wanted: Collection[str]) -> TapTable:
+        """The table without heads; wanted module paths inside the backbone join its maps."""
+
+    @abstractmethod
+    def context_taps(self, model: Detector, needs: Collection[str]) -> dict[str, Tap]:
+        """What to record for the context that losses need, and for :meth:`gt_boxes`."""
+
+    @abstractmethod
+    def anchors(self, step: Step) -> dict[str, Tensor]:
+        """Anchors ``[H * W * A, 4]`` of one padded image by level; all images share them."""
+
+    @abstractmethod
+    def gt_boxes(self, step: Step) -> list[Tensor]:
+        """Per image the ground truth ``[G, 4]`` in the coordinates of the anchors."""
+
+    def tap_table(self, model: Detector, wanted: Collection[str] = ()) -> TapTable:
+        """What ``model`` offers.
+
+        Raises:
+            KDError: a wanted name is neither a tap of this model nor a module in its backbone.
+        """
+        maps = self.features(model, wanted)
+        specs = Specs(maps.specs)
+        for head in self.heads:
+            specs |= head.specs(model)
+        for name in wanted:
+            if name not in specs:
+                fail(
+                    expected=f"a tap of {type(model).__name__}, or a module path in its backbone",
+                    received=f"'{name}'",
+                    remedy=nearest(name, specs),
+                )
+        return replace(maps, specs=specs)
+
+    def rows(self, tap: str) -> str:
+        """What dimension 0 of a tap counts; images for maps of the backbone."""
+        return next((head.taps[tap].rows for head in self.heads if tap in head.taps), "images")
+
+    def with_rows(self, rows: str) -> list[str]:
+        """Names of the taps of heads with such rows."""
+        return [name for head in self.heads for name, tap in head.taps.items() if tap.rows == rows]
+
+    @property
+    def class_taps(self) -> list[str]:
+        """Names of the taps whose channels are classes."""
+        return [name for head in self.heads for name, tap in head.taps.items() if tap.classes]
+
+    def described(self, model: Detector) -> dict[str, HeadTap]:
+        """The taps of the heads that ``model`` has, as its options make them."""
+        taps: dict[str, HeadTap] = {}
+        for head in self.heads:
+            if specs := head.specs(model):
+                taps |= {n: tap for n, tap in head.describe(model).items() if n in specs}
+        return taps
+
+    def heads_of(self, wanted: Collection[str]) -> list[tuple[Head, list[str]]]:
+        """The heads that have some of the wanted taps, with these."""
+        found = [(head, [name for name in wanted if name in head.taps]) for head in self.heads]
+        return [(head, names) for head, names in found if names]
+
+    def uncertain_head(self, specs: Mapping[str, Any]) -> Head:
+        """The head of a student whose logits tell how uncertain it is.
+
+        Raises:
+            KDError: the student has none.
+        """
+        for head in self.heads:
+            if head.uncertain in specs:
+                return head
+        known = [head.uncertain for head in self.heads if head.uncertain]
+        fail(
+            expected=f"a student with {' or '.join(known)} for KD.KCD",
+            received=f"one with {', '.join(specs)}",
+            remedy="use an R-CNN on an FPN or a dense detector",
+        )
+
+
+def probe_backbone(model: Detector, taps: Mapping[str, Tap]) -> dict[str, Any]:
+    """What a blank image leaves at some taps of a backbone; the model stays as it was."""
+    recorder = TapRecorder(model, taps)
+    blank = next(model.backbone.parameters()).new_zeros(1, 3, PROBE_SIZE, PROBE_SIZE)
+    with evaluating(model), recorder.recording():
+        model.backbone(blank)
+    captures = recorder.read()
+    recorder.release()
+    return captures
+
+
+def map_spec(name: str, value: Any) -> TapSpec:
+    """Width and stride of a map that :func:`probe_backbone` recorded.
+
+    Raises:
+        KDError: it is no map.
+    """
+    if not isinstance(value, Tensor) or value.dim() != 4:
+        raise KDError(
+            f"expected {name} to be a map [N, C, H, W]; received "
+            f"{tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}; "
+            "remedy: tap a convolutional layer"
+        )
+    return TapSpec(value.shape[1], stride=math.ceil(PROBE_SIZE / value.shape[-1]))
+
+
+def module_spec(model: nn.Module, path: str) -> TapSpec:
+    """Width and stride of the map that a module inside the backbone gives."""
+    return map_spec(path, probe_backbone(model, {path: Tap(path)})[path])
+
+
+def crop_to_cells(value: Tensor, padded: Sequence[int], stride: int) -> Tensor:
+    """Cut what only the teacher's padding added to a map.
+
+    Both sides' maps begin at the same pixel.
+
+    Args:
+        value: ``[..., H, W]``.
+        padded: height and width of the student's padded batch, in pixels.
+        stride: of the map.
+    """
+    height, width = (math.ceil(side / stride) for side in padded)
+    return value[..., :height, :width]
