@@ -16,6 +16,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "config_table",
     "methods_index",
 ]
 exclude_patterns = ["_build", "_ext"]

@@ -22,7 +22,7 @@ _OPEN_NODES = ("KD.TERMS.", "KD.CLASS_MAP.", "KD.BALANCE.SHARES.", "DATASETS.COC
 def add_kd_config(cfg: CfgNode) -> None:
     """Add ``HOST``, ``KD`` and ``DATASETS.COCO_JSON`` to a yacs config, in place."""
     node = type(cfg)
-    cfg.HOST = "detectron2"
+    cfg.HOST = "detectron2"  # or torchvision_detection, classification
     cfg.KD = node()
     # False trains the plain student from the same file: the honest baseline.
     cfg.KD.ENABLED = True
@@ -82,9 +82,9 @@ def _add_balance(cfg: CfgNode) -> None:
     # Iterations between two measurements; each costs a backward pass per term and one of the task.
     cfg.KD.BALANCE.PERIOD = 10
     # Of gradnorm, as in its paper: how strongly a loss that falls more slowly is pulled after the
-    # others, and the relative step of a weight.
+    # others.
     cfg.KD.BALANCE.ALPHA = 1.5
-    cfg.KD.BALANCE.LR = 0.025
+    cfg.KD.BALANCE.LR = 0.025  # of gradnorm, as in its paper: the relative step of a weight
 
 
 def _add_pre_stage(cfg: CfgNode) -> None:

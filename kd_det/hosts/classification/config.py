@@ -28,7 +28,7 @@ def get_cfg() -> CfgNode:
     _add_solver(cfg)
     add_kd_config(cfg)
     _add_procedures(cfg)
-    cfg.HOST = "classification"
+    cfg.HOST = "classification"  # detectron2 where a file names none
     return cfg
 
 
@@ -97,8 +97,8 @@ def _add_input(cfg: CfgNode) -> None:
     # pad: crop INPUT.SIZE out of the image padded by PADDING; resized: torchvision's
     # RandomResizedCrop; none: the image itself.
     cfg.INPUT.CROP.TYPE = "pad"
-    cfg.INPUT.CROP.PADDING = 4
-    cfg.INPUT.CROP.PADDING_MODE = "constant"
+    cfg.INPUT.CROP.PADDING = 4  # pixels on each side, of pad
+    cfg.INPUT.CROP.PADDING_MODE = "constant"  # or reflect
     cfg.INPUT.RANDOM_FLIP = "horizontal"
     # Shorter side before the centre crop in a test; 0: resize to INPUT.SIZE and crop nothing.
     cfg.INPUT.MIN_SIZE_TEST = 0
@@ -116,7 +116,7 @@ def _add_input(cfg: CfgNode) -> None:
 def _add_solver(cfg: CfgNode) -> None:
     cfg.SOLVER = CfgNode()
     solver = cfg.SOLVER
-    # Defaults: the CIFAR recipe of RepDistiller.
+    # The defaults of the optimiser and its schedule are the CIFAR recipe of RepDistiller.
     solver.MAX_EPOCH = 240
     solver.MAX_ITER = 0  # above 0: stop after so many iterations
     solver.IMS_PER_BATCH = 64  # over all processes
@@ -126,7 +126,7 @@ def _add_solver(cfg: CfgNode) -> None:
     solver.WEIGHT_DECAY = 0.0005
     solver.WEIGHT_DECAY_NORM = 0.0005
     solver.GAMMA = 0.1
-    solver.EPOCH_STEPS = (150, 180, 210)
+    solver.EPOCH_STEPS = (150, 180, 210)  # epochs after which the learning rate drops by GAMMA
     # Iterations between two checkpoints of a pre-stage; a run itself is saved after every epoch.
     solver.CHECKPOINT_PERIOD = 5000
     solver.AMP = CfgNode({"ENABLED": False})

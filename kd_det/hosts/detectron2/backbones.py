@@ -50,17 +50,17 @@ TOP_BLOCKS = ("maxpool", "p6p7", "none")
 def add_backbone_config(cfg: CfgNode) -> None:
     """Add the keys of this module's backbones to ``cfg``, in place."""
     cfg.MODEL.MOBILENETV2 = CfgNode()
-    cfg.MODEL.MOBILENETV2.OUT_FEATURES = ["m2", "m3", "m4", "m5"]
-    cfg.MODEL.MOBILENETV2.WIDTH_MULT = 1.0
+    cfg.MODEL.MOBILENETV2.OUT_FEATURES = ["m2", "m3", "m4", "m5"]  # the last block of each stride
+    cfg.MODEL.MOBILENETV2.WIDTH_MULT = 1.0  # of all channel counts
     # The published detection recipe trains every layer (FREEZE_AT 0) but keeps the ImageNet
     # statistics. "BN" and "SyncBN" train them.
     cfg.MODEL.MOBILENETV2.NORM = "FrozenBN"
 
     cfg.MODEL.BASIC_RESNET = CfgNode()
-    # Stage k (res2 is k = 0) has WIDTH * 2^k channels and BLOCKS[k] basic blocks.
+    # Backbone stage k (res2 is k = 0) has WIDTH * 2^k channels.
     cfg.MODEL.BASIC_RESNET.WIDTH = 16
-    cfg.MODEL.BASIC_RESNET.BLOCKS = [1, 1, 1]
-    cfg.MODEL.BASIC_RESNET.NORM = "BN"
+    cfg.MODEL.BASIC_RESNET.BLOCKS = [1, 1, 1]  # basic blocks of each backbone stage
+    cfg.MODEL.BASIC_RESNET.NORM = "BN"  # a name of Detectron2's norms
     # Coarser levels on top of the pyramid: "maxpool" adds one (R-CNN), "p6p7" adds two by
     # convolutions on the last bottom-up map (RetinaNet, FCOS), "none" adds nothing.
     cfg.MODEL.BASIC_RESNET.TOP_BLOCK = "maxpool"

@@ -26,14 +26,14 @@ def add_kd_config(cfg: CfgNode) -> None:
 def _add_fcos_config(cfg: CfgNode) -> None:
     """Detectron2 describes its FCOS in Python only; these are that class's own defaults."""
     cfg.MODEL.FCOS = CfgNode()
-    cfg.MODEL.FCOS.NUM_CLASSES = 80
-    cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
-    cfg.MODEL.FCOS.NUM_CONVS = 4
-    cfg.MODEL.FCOS.NORM = "GN"
-    cfg.MODEL.FCOS.PRIOR_PROB = 0.01
-    cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
-    cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
-    cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
-    cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
-    cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
-    cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6
+    cfg.MODEL.FCOS.NUM_CLASSES = 80  # foreground classes
+    cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]  # levels of the pyramid
+    cfg.MODEL.FCOS.NUM_CONVS = 4  # of each branch of the head
+    cfg.MODEL.FCOS.NORM = "GN"  # of these convolutions; empty for none
+    cfg.MODEL.FCOS.PRIOR_PROB = 0.01  # of a foreground class, before training
+    cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5  # of the positive centre of a box, in cells
+    cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25  # weight of foreground in the focal loss
+    cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0  # exponent of the focal loss
+    cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.2  # lowest score of a detection
+    cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000  # locations of each level before NMS
+    cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6  # IoU above which NMS drops a detection

@@ -27,7 +27,7 @@ def get_cfg() -> CfgNode:
     _add_input(cfg)
     _add_solver(cfg)
     add_kd_config(cfg)
-    cfg.HOST = "torchvision_detection"
+    cfg.HOST = "torchvision_detection"  # detectron2 where a file names none
     return cfg
 
 
@@ -99,9 +99,9 @@ def _add_model(cfg: CfgNode) -> None:
     model.BACKBONE.NORM = "BN"  # or FrozenBN
     # 1 freezes all up to stride 2, 2 up to c2, ...; 0 freezes nothing.
     model.BACKBONE.FREEZE_AT = 0
-    # Of basic_resnet: stage k (c2 is k = 0) has WIDTH * 2^k channels and BLOCKS[k] basic blocks.
+    # Of basic_resnet: backbone stage k (c2 is k = 0) has WIDTH * 2^k channels.
     model.BACKBONE.WIDTH = 16
-    model.BACKBONE.BLOCKS = [1, 1, 1]
+    model.BACKBONE.BLOCKS = [1, 1, 1]  # of basic_resnet: basic blocks of each backbone stage
 
     model.FPN = CfgNode()
     model.FPN.OUT_CHANNELS = 256
