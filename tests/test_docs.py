@@ -224,7 +224,7 @@ def test_every_loss_runs_in_the_lines_of_the_library_page():
 
 # Names and links
 
-_PATH = re.compile(r"(?<![\w/.-])(?:configs|tools|docs|tests)/[\w./*-]*(?P<open>[<{$])?")
+_PATH = re.compile(r"(?<![\w/.-])(?:configs|tools|docs|tests|kd_det)/[\w./*-]*(?P<open>[<{$])?")
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
