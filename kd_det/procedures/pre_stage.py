@@ -1,4 +1,4 @@
-"""The pre-stage: train what a loss needs on the frozen teacher alone, save it, freeze it.
+"""The pre-stage: networks that losses need learn from the frozen teacher alone, before a run.
 
 The result belongs to a teacher and its taps, not to a student. It is a file of its own that any
 later run with the same teacher loads instead of training again.
@@ -14,18 +14,25 @@ Example:
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kd_det.core.distiller import Distiller
+from kd_det.core.distributed import rank, world_size
 from kd_det.core.errors import fail
 from kd_det.core.teacher import FrozenTeacher
 from kd_det.losses.mhgd.pre_training import PreStageLoss
+from kd_det.procedures.base import BeforeRun, Procedure, register
+
+if TYPE_CHECKING:
+    from fvcore.common.config import CfgNode
 
 # Term name to its loss and the teacher taps it reads, in order.
 PreStageLosses = Mapping[str, tuple[PreStageLoss, Sequence[str]]]
@@ -34,6 +41,7 @@ _FORMAT = "kd_det pre-stage 1"
 _SHOWN_DIGITS = 12
 
 __all__ = [
+    "PreStage",
     "PreStageLoss",
     "PreStageLosses",
     "PreStageModel",
@@ -42,6 +50,105 @@ __all__ = [
     "save_pre_stage",
     "teacher_fingerprint",
 ]
+
+logger = logging.getLogger(__name__)
+
+
+@register
+class PreStage(Procedure):
+    """What losses with a network of their own (MHGD) learn from the teacher alone, beforehand."""
+
+    name = "PRE_STAGE"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        # A finished pre-stage of the same teacher and taps; empty trains one into OUTPUT_DIR.
+        "WEIGHTS": "",
+        # MHGD, section 5 of its supplement: 20 epochs, SGD 0.1 constant, Nesterov.
+        "EPOCHS": 20,
+        "MAX_ITER": 0,  # above 0: iterations instead of epochs
+        "BASE_LR": 0.1,
+        "MOMENTUM": 0.9,
+        "NESTEROV": True,
+        # Its code adds 5e-4 * sum w^2: twice what an optimiser calls a decay of 5e-4.
+        "WEIGHT_DECAY": 0.001,
+    }
+    in_training = False
+
+    @classmethod
+    def is_on(cls, cfg: CfgNode) -> bool:
+        """With every distillation; the losses decide whether there is something to do."""
+        return bool(cfg.KD.ENABLED)
+
+    @classmethod
+    def on_losses_built(
+        cls, cfg: CfgNode, distiller: Distiller | None, teacher: FrozenTeacher | None
+    ) -> bool:
+        """Load ``KD.PRE_STAGE.WEIGHTS`` if it is given.
+
+        Raises:
+            KDError: no term needs a pre-stage, or the file is one of another teacher; see
+                :func:`load_pre_stage`.
+        """
+        given = cfg.KD.PRE_STAGE.WEIGHTS
+        if not given:
+            return False
+        needed = pre_stage_losses(distiller) if distiller is not None else {}
+        if not needed:
+            fail(
+                expected="KD.PRE_STAGE.WEIGHTS only with a term that has a pre-stage, such as MHGD",
+                received=f"'{given}' and terms {', '.join(cfg.KD.TERMS)}",
+                remedy="leave it empty",
+            )
+        losses = _unready(needed)
+        if losses and teacher is not None:
+            load_pre_stage(given, losses, teacher_fingerprint(teacher))
+        return bool(losses)
+
+    @classmethod
+    def before_run(cls, run: BeforeRun) -> bool:
+        """Train what the terms need, or take the finished file of an interrupted run.
+
+        Nothing is done where no term needs a pre-stage or all have theirs already, from a file,
+        a checkpoint or an earlier stage of the run.
+
+        Raises:
+            KDError: there is a finished file without ``resume``, or one of another teacher; or
+                there are no iterations.
+        """
+        losses = _unready(pre_stage_losses(run.distiller)) if run.distiller is not None else {}
+        if not losses or run.teacher is None:
+            return False
+        if run.file.is_file() and not run.resume:
+            fail(
+                expected="OUTPUT_DIR without a finished pre-stage",
+                received=f"'{run.file}' of another run",
+                remedy=f"add --resume to continue that run, set KD.PRE_STAGE.WEIGHTS {run.file} to "
+                "use it elsewhere, or choose another OUTPUT_DIR",
+            )
+        fingerprint = teacher_fingerprint(run.teacher)
+        if run.file.is_file():
+            load_pre_stage(run.file, losses, fingerprint)
+            return True
+        node = run.cfg.KD.PRE_STAGE
+        iterations = node.MAX_ITER or run.iterations(node.EPOCHS)
+        if iterations < 1:
+            fail(
+                expected="a pre-stage of at least one iteration",
+                received=f"KD.PRE_STAGE.EPOCHS {node.EPOCHS}, MAX_ITER {node.MAX_ITER}",
+                remedy="use the default 20 epochs, or give a finished one as KD.PRE_STAGE.WEIGHTS",
+            )
+        logger.info("pre-stage: %d iterations on the teacher alone", iterations)
+        model = PreStageModel(losses)
+        run.train(model, iterations)
+        model.finish()
+        if rank() == 0:
+            save_pre_stage(run.file, losses, fingerprint)
+        if world_size() > 1:
+            dist.barrier()
+        return True
+
+
+def _unready(losses: PreStageLosses) -> dict[str, tuple[PreStageLoss, Sequence[str]]]:
+    return {name: entry for name, entry in losses.items() if not entry[0].is_ready}
 
 
 def pre_stage_losses(distiller: Distiller) -> dict[str, tuple[PreStageLoss, list[str]]]:
@@ -56,8 +163,7 @@ def pre_stage_losses(distiller: Distiller) -> dict[str, tuple[PreStageLoss, list
 class PreStageModel(nn.Module):
     """The networks of all terms that learn beforehand, as one module to train.
 
-    Its parameters are exactly what the pre-stage's optimiser updates: the losses' other parts,
-    such as adaptors for the student, are not among them.
+    Other parts of the losses, such as adaptors for the student, are not among its parameters.
 
     Args:
         losses: name to loss and teacher taps, see :func:`pre_stage_losses`.
@@ -70,6 +176,11 @@ class PreStageModel(nn.Module):
         self._idle: list[str] = []
         for loss, _ in self._losses.values():
             loss.start_pre_stage()
+
+    @property
+    def taps(self) -> set[str]:
+        """Names of the teacher's taps that :meth:`forward` reads."""
+        return {tap for _, taps in self._losses.values() for tap in taps}
 
     def forward(self, teacher: Mapping[str, Any]) -> dict[str, Tensor]:
         """Scalar losses by term name; a loop sums them.
@@ -87,7 +198,7 @@ class PreStageModel(nn.Module):
     def optimizer(
         self, lr: float, momentum: float, nesterov: bool, weight_decay: float
     ) -> torch.optim.Optimizer:
-        """SGD on the networks. One that got nothing to learn from in a batch is left alone.
+        """SGD on the networks whose loss in the last batch was not zero.
 
         A single sample has no relations: without this, momentum and weight decay would move the
         network all the same.
@@ -95,7 +206,7 @@ class PreStageModel(nn.Module):
         return _PreStageSGD(self, lr, momentum, nesterov, weight_decay)
 
     def leave_idle_alone(self) -> None:
-        """Take the gradients of networks whose last batch had nothing to learn from."""
+        """Remove the gradients of networks whose loss in the last batch was zero."""
         for name in self._idle:
             for parameter in self.networks[name].parameters():
                 parameter.grad = None
@@ -132,7 +243,7 @@ class _PreStageSGD(torch.optim.SGD):
 
 
 def save_pre_stage(path: str | Path, losses: PreStageLosses | Distiller, teacher: str) -> None:
-    """Write the finished networks and what they belong to, as one file, at once or not at all.
+    """Write the finished networks and what they belong to, as one file, completely or not at all.
 
     Args:
         path: a ``.pth`` file; its folder must exist.
@@ -235,7 +346,7 @@ def _read(path: str | Path) -> dict[str, Any]:
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # readers of damaged files raise nearly anything
+    except Exception as error:  # a damaged file may raise nearly anything
         received = type(error).__name__
     else:
         if isinstance(content, dict) and content.get("format") == _FORMAT:

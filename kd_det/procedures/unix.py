@@ -9,7 +9,8 @@ Shapes: B images of the batch, k of them kept, C classes.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,17 @@ from kd_det.core.numerics import (
     zero_in_graph,
 )
 from kd_det.core.seeds import keyed_generator
+from kd_det.procedures.base import (
+    MIXED_BATCHES,
+    Procedure,
+    TrainingLoop,
+    TrainingSet,
+    active_procedures,
+    register,
+)
+
+if TYPE_CHECKING:
+    from fvcore.common.config import CfgNode
 
 STRATEGIES = ("entropy", "confidence", "margin", "random")
 Strategy = Literal["entropy", "confidence", "margin", "random"]
@@ -135,7 +147,7 @@ def mix(
 def unix_task_loss(logits: Tensor, target_a: Tensor, target_b: Tensor, mu: Tensor) -> Tensor:
     """Cross-entropy with both targets of each mixed image, weighted as the images are.
 
-    The released commands give it weight 0: the teacher's answer on the mixed image suffices.
+    The released commands give it weight 0 and learn from the teacher alone.
 
     Args:
         logits: student's, ``[k, C]``, computed in at least float32.
@@ -285,3 +297,70 @@ class UnixMixup:
         """Continue with the draws and counts that follow."""
         self.seed, self.batches = state["seed"], state["batches"]
         self.scored, self.trained = state["scored"], state["trained"]
+
+
+@register
+class UNIX(Procedure):
+    """Only part of a batch, mixed, goes through teacher and student.
+
+    Attributes:
+        mixup: its state.
+    """
+
+    name = "UNIX"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "ENABLED": False,
+        "K_FRAC": 0.75,  # k of B samples go through the teacher (48 of 64)
+        "B_FRAC": 0.5,  # the most uncertain, nearly unmixed (32 of 64)
+        "SLOPE": 10.0,
+        "STRATEGY": "entropy",
+        # The released code takes both parts of the nominal batch: a short last batch is then
+        # hardly mixed and not reduced. 0: of every batch as it is.
+        "NOMINAL_BATCH": 0,
+        # Of the scoring pass: eval leaves BatchNorm's statistics alone; train is the reference's.
+        "SCORE_MODE": "eval",
+    }
+    needs = frozenset({MIXED_BATCHES})
+    old_names = ("unix",)
+
+    def __init__(self, cfg: CfgNode, training_set: TrainingSet) -> None:
+        node = cfg.KD.UNIX
+        k, b, whole = node.K_FRAC, node.B_FRAC, node.NOMINAL_BATCH
+        nominal = (round(k * whole), round(b * whole), whole) if whole else None
+        seed, rank = training_set.seed, training_set.rank
+        self.mixup = UnixMixup(k, b, node.SLOPE, node.STRATEGY, nominal, seed, rank)
+        self._scores_in_training = node.SCORE_MODE == "train"
+
+    @classmethod
+    def check(cls, cfg: CfgNode, offers: frozenset[str]) -> None:
+        check_choice("KD.UNIX.STRATEGY", cfg.KD.UNIX.STRATEGY, STRATEGIES)
+        check_choice("KD.UNIX.SCORE_MODE", cfg.KD.UNIX.SCORE_MODE, ("eval", "train"))
+        active = {procedure.name for procedure in active_procedures(cfg)}
+        if "KCD" in active:
+            fail(
+                expected="one of KD.UNIX and KD.KCD",
+                received="both",
+                remedy="disable one: both decide which samples the teacher sees",
+            )
+        if "JOINT" in active:
+            fail(
+                expected="a frozen teacher for KD.UNIX, which saves its passes",
+                received="KD.JOINT.ENABLED True",
+                remedy="disable one of the two",
+            )
+
+    def on_batch(self, batch: Any, loop: TrainingLoop) -> Any:
+        images, targets, indices = batch
+        mixed = self.mixup(images, targets, loop.score(images, self._scores_in_training))
+        # A mixed image has no place of its own in the training set.
+        return mixed.images, mixed, indices.new_full((len(mixed.mu),), -1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.mixup.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mixup.load_state_dict(state)
+
+    def cost(self, loop: TrainingLoop) -> tuple[float, float]:
+        ratio = loop.flops_ratio()
+        return unix_cost(ratio, self.mixup.k_frac), self.mixup.measured_cost(ratio)

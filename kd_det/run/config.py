@@ -12,6 +12,7 @@ from fvcore.common.config import CfgNode
 from kd_det.balance import build_balance
 from kd_det.core.errors import KDError, check_known, fail, nearest
 from kd_det.core.terms import Term, parse_terms
+from kd_det.procedures.base import add_procedures
 from kd_det.run.yaml_files import config_path, load_yaml, merge_file
 
 HOSTS = ("detectron2", "torchvision_detection", "classification")
@@ -19,8 +20,13 @@ HOSTS = ("detectron2", "torchvision_detection", "classification")
 _OPEN_NODES = ("KD.TERMS.", "KD.CLASS_MAP.", "KD.BALANCE.SHARES.", "DATASETS.COCO_JSON.")
 
 
-def add_kd_config(cfg: CfgNode) -> None:
-    """Add ``HOST``, ``KD`` and ``DATASETS.COCO_JSON`` to a yacs config, in place."""
+def add_kd_config(cfg: CfgNode, offers: frozenset[str] = frozenset()) -> None:
+    """Add ``HOST``, ``KD`` and ``DATASETS.COCO_JSON`` to a yacs config, in place.
+
+    Args:
+        cfg: the config.
+        offers: of the host, which decide the procedures; see :mod:`kd_det.procedures.base`.
+    """
     node = type(cfg)
     cfg.HOST = "detectron2"  # or torchvision_detection, classification
     cfg.KD = node()
@@ -52,8 +58,7 @@ def add_kd_config(cfg: CfgNode) -> None:
     # alone: the first stage of FSP and of the original FitNet.
     cfg.KD.TASK_WEIGHT = 1.0
     _add_balance(cfg)
-    _add_pre_stage(cfg)
-    _add_kcd(cfg)
+    add_procedures(cfg, offers)
     # Look at the run for two minutes before it starts; see kd_det.preflight.
     cfg.PREFLIGHT = False
     # Loggers beside metrics.json and TensorBoard, by name: wandb, mlflow.
@@ -85,39 +90,6 @@ def _add_balance(cfg: CfgNode) -> None:
     # others.
     cfg.KD.BALANCE.ALPHA = 1.5
     cfg.KD.BALANCE.LR = 0.025  # of gradnorm, as in its paper: the relative step of a weight
-
-
-def _add_pre_stage(cfg: CfgNode) -> None:
-    """What losses with a network of their own (MHGD) learn from the teacher alone, beforehand."""
-    node = type(cfg)
-    cfg.KD.PRE_STAGE = node()
-    # A finished pre-stage of the same teacher and taps; empty trains one into OUTPUT_DIR.
-    cfg.KD.PRE_STAGE.WEIGHTS = ""
-    # MHGD, section 5 of its supplement: 20 epochs, SGD 0.1 constant, Nesterov.
-    cfg.KD.PRE_STAGE.EPOCHS = 20
-    cfg.KD.PRE_STAGE.MAX_ITER = 0  # above 0: iterations instead of epochs
-    cfg.KD.PRE_STAGE.BASE_LR = 0.1
-    cfg.KD.PRE_STAGE.MOMENTUM = 0.9
-    cfg.KD.PRE_STAGE.NESTEROV = True
-    # Its code adds 5e-4 * sum w^2: twice what an optimiser calls a decay of 5e-4.
-    cfg.KD.PRE_STAGE.WEIGHT_DECAY = 0.001
-
-
-def _add_kcd(cfg: CfgNode) -> None:
-    """KCD's shrinking training set; it wraps whatever terms there are."""
-    node = type(cfg)
-    cfg.KD.KCD = node()
-    cfg.KD.KCD.ENABLED = False
-    cfg.KD.KCD.RHO = 0.7  # share of the points that the last stage keeps
-    # Epochs between two condensations on classifiers, iterations on detectors.
-    cfg.KD.KCD.PERIOD = 40
-    cfg.KD.KCD.ALPHA = 0.03  # exponent of the visit count in the score
-    cfg.KD.KCD.SCHEDULE = "exp"  # or linear
-    cfg.KD.KCD.POOL = "all"  # or active: dropped points never return
-    cfg.KD.KCD.EPSILON = 0.3  # largest share of a blended partner; 0: no blending
-    cfg.KD.KCD.BLEND = "convex"  # or add
-    cfg.KD.KCD.EPSILON_RULE = "reference"  # eps * j / L; paper: eps * (j + 1) / L
-    cfg.KD.KCD.MIN_PER_CLASS = 0
 
 
 def read_host(config_file: str) -> str:
@@ -166,16 +138,6 @@ def read_terms(cfg: CfgNode) -> list[Term]:
     for name in active:
         check_known("term in KD.ACTIVE_TERMS", name, [term.name for term in terms])
     return [term for term in terms if not active or term.name in active]
-
-
-def is_condensed(cfg: CfgNode) -> bool:
-    """Whether a run has ``KD.KCD`` on."""
-    return bool(cfg.KD.ENABLED and cfg.KD.KCD.ENABLED)
-
-
-def condensation_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """``KD.KCD`` as arguments of :class:`~kd_det.procedures.kcd.condensation.Condensation`."""
-    return {key.lower(): value for key, value in cfg.KD.KCD.items() if key != "ENABLED"}
 
 
 def without_distillation(cfg: CfgNode) -> CfgNode:

@@ -56,7 +56,7 @@ def _pipeline(g: Golden) -> dict[str, Tensor]:
                 "eps": kcd.epsilons[parts.tail],
                 "images": torch.stack([points[i][0] for i in range(size)]),
             }
-            out |= {f"out_s{kcd.stage}_{key}": value for key, value in stage.items()}
+            out |= {f"out_s{kcd.current_period}_{key}": value for key, value in stage.items()}
     out["out_measured_cost"] = torch.tensor(kcd.measured_cost(), dtype=torch.float64)
     if g.has("in_loss_logits_s"):
         out |= _loss(g)

@@ -81,7 +81,7 @@ def test_training_lowers_the_loss_and_changes_the_network_alone(rows):
 def test_the_model_offers_its_optimiser_the_networks_alone(rows):
     loss = Summary(3)
     model = PreStageModel({"one": (loss, ["pooled"])})
-    assert {id(p) for p in model.parameters()} == {id(p) for p in loss.pre_stage_parameters()}
+    assert {id(p) for p in model.parameters()} == {id(p) for p in loss.network.parameters()}
     assert len(list(model.parameters())) == 3
 
 

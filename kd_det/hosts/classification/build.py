@@ -12,17 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from kd_det.balance import build_balance
 from kd_det.bench.looks import evaluating
 from kd_det.core.checkpoint import SUFFIXES, load_distiller, load_student
-from kd_det.core.errors import fail
 from kd_det.hosts.classification.checkpoints import own_names
 from kd_det.hosts.classification.classes import build_class_map
 from kd_det.hosts.classification.data import ClassificationData
-from kd_det.hosts.classification.joint import Booster
 from kd_det.hosts.classification.model import Distillation, DistilledClassifier, Statistics
 from kd_det.hosts.classification.models import build_classifier
 from kd_det.hosts.classification.teacher import build_teacher, num_classes
-from kd_det.procedures.kcd.condensation import Condensation
-from kd_det.procedures.unix import UnixMixup
-from kd_det.run.config import condensation_arguments, is_condensed, read_terms
+from kd_det.procedures.base import Procedures, TrainingSet, build_procedures, on_losses_built
+from kd_det.procedures.joint import Booster
+from kd_det.run.config import read_terms
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +61,8 @@ def build_training_model(
     model = DistilledClassifier(student, statistics, cfg.INPUT.SIZE, plan)
     if model.distiller is not None and cfg.KD.WEIGHTS:
         load_distiller(model.distiller, cfg.KD.WEIGHTS)
+    if plan is not None:
+        on_losses_built(cfg, model.distiller, model.teacher)
     return model
 
 
@@ -79,35 +79,17 @@ def _distillation(cfg: CfgNode, student: nn.Module) -> Distillation:
 
 def _booster(cfg: CfgNode, student: nn.Module) -> Booster:
     node = cfg.KD.JOINT
-    if not node.NAME:
-        fail(
-            expected="KD.JOINT.NAME to name the booster",
-            received="''",
-            remedy="give a model such as resnet32, or set KD.JOINT.ENABLED False",
-        )
     # The student's random stream must not depend on the booster.
     with torch.random.fork_rng(devices=[]):
         net = build_classifier(node.NAME, num_classes(cfg))
     return Booster(net, student, node.SHARED, node.SEPARATE_NORM)
 
 
-def build_condensation(cfg: CfgNode, data: ClassificationData) -> Condensation | None:
-    """KCD's state where ``cfg.KD.KCD`` asks for it."""
-    if not is_condensed(cfg):
-        return None
-    labels = data.targets if cfg.KD.KCD.MIN_PER_CLASS else None
-    described = condensation_arguments(cfg)
-    return Condensation(len(data), total=cfg.SOLVER.MAX_EPOCH, labels=labels, **described)
-
-
-def build_unix(cfg: CfgNode, seed: int, rank: int) -> UnixMixup | None:
-    """The batch transform where ``cfg.KD.UNIX`` asks for it."""
-    node = cfg.KD.UNIX
-    if not (cfg.KD.ENABLED and node.ENABLED):
-        return None
-    k, b, whole = node.K_FRAC, node.B_FRAC, node.NOMINAL_BATCH
-    nominal = (round(k * whole), round(b * whole), whole) if whole else None
-    return UnixMixup(k, b, node.SLOPE, node.STRATEGY, nominal, seed, rank)
+def training_procedures(
+    cfg: CfgNode, data: ClassificationData, seed: int = 0, rank: int = 0
+) -> Procedures:
+    """The procedures of a run on a training set; see :class:`TrainingSet`."""
+    return build_procedures(cfg, lambda: TrainingSet(len(data), seed, rank, data.targets))
 
 
 def flops_ratio(model: DistilledClassifier, size: int) -> float:

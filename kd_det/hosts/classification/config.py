@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from fvcore.common.config import CfgNode
 
 from kd_det.core.errors import check_choice, fail
+from kd_det.procedures.base import BOOSTER, LABELS, MIXED_BATCHES, check_procedures
 from kd_det.run.config import add_kd_config, merge_config
 
 CROPS = ("pad", "resized", "none")
-STRATEGIES = ("entropy", "confidence", "margin", "random")
+OFFERS = frozenset({LABELS, MIXED_BATCHES, BOOSTER})
+"""What procedures find on this host."""
 
 
 def get_cfg() -> CfgNode:
@@ -26,8 +28,7 @@ def get_cfg() -> CfgNode:
     _add_model(cfg)
     _add_input(cfg)
     _add_solver(cfg)
-    add_kd_config(cfg)
-    _add_procedures(cfg)
+    add_kd_config(cfg, OFFERS)
     cfg.HOST = "classification"  # detectron2 where a file names none
     return cfg
 
@@ -53,8 +54,6 @@ def check_config(cfg: CfgNode) -> None:
     check_choice("INPUT.CROP.TYPE", cfg.INPUT.CROP.TYPE, CROPS)
     check_choice("INPUT.CROP.PADDING_MODE", cfg.INPUT.CROP.PADDING_MODE, ("constant", "reflect"))
     check_choice("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, ("none", "horizontal"))
-    check_choice("KD.UNIX.STRATEGY", cfg.KD.UNIX.STRATEGY, STRATEGIES)
-    check_choice("KD.UNIX.SCORE_MODE", cfg.KD.UNIX.SCORE_MODE, ("eval", "train"))
     solver = cfg.SOLVER
     if solver.MAX_EPOCH < 1 or solver.IMS_PER_BATCH < 1 or solver.MAX_ITER < 0:
         fail(
@@ -68,12 +67,7 @@ def check_config(cfg: CfgNode) -> None:
             received=f"{cfg.MODEL.PIXEL_MEAN} and {cfg.MODEL.PIXEL_STD}",
             remedy="give the statistics the model is trained with, of images in 0..1",
         )
-    if cfg.KD.ENABLED and cfg.KD.UNIX.ENABLED and cfg.KD.KCD.ENABLED:
-        fail(
-            expected="one of KD.UNIX and KD.KCD",
-            received="both",
-            remedy="disable one: both decide which samples the teacher sees",
-        )
+    check_procedures(cfg, OFFERS)
 
 
 def _add_model(cfg: CfgNode) -> None:
@@ -134,26 +128,3 @@ def _add_solver(cfg: CfgNode) -> None:
 
     cfg.TEST = CfgNode()
     cfg.TEST.EVAL_PERIOD = 1  # epochs
-
-
-def _add_procedures(cfg: CfgNode) -> None:
-    # UNIX: only part of a batch, mixed, goes through teacher and student.
-    cfg.KD.UNIX = CfgNode()
-    cfg.KD.UNIX.ENABLED = False
-    cfg.KD.UNIX.K_FRAC = 0.75  # k of B samples go through the teacher (48 of 64)
-    cfg.KD.UNIX.B_FRAC = 0.5  # the most uncertain, nearly unmixed (32 of 64)
-    cfg.KD.UNIX.SLOPE = 10.0
-    cfg.KD.UNIX.STRATEGY = "entropy"
-    # The released code takes both parts of the nominal batch: a short last batch is then hardly
-    # mixed and not reduced. 0: of every batch as it is.
-    cfg.KD.UNIX.NOMINAL_BATCH = 0
-    # Of the scoring pass: eval leaves BatchNorm's statistics alone; train is the reference's.
-    cfg.KD.UNIX.SCORE_MODE = "eval"
-
-    # Rocket launching: a booster beside the student instead of a frozen teacher.
-    cfg.KD.JOINT = CfgNode()
-    cfg.KD.JOINT.ENABLED = False
-    cfg.KD.JOINT.NAME = ""  # the booster, a model as in MODEL.NAME
-    cfg.KD.JOINT.SHARED = []  # modules that both nets have, such as [conv1, bn1, relu, layer1.0]
-    # True: shared convolutions run twice, each path with its own norms, as in the reference.
-    cfg.KD.JOINT.SEPARATE_NORM = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,12 @@ from kd_det.hosts.classification.build import flops_ratio
 from kd_det.hosts.classification.data import ClassificationData
 from kd_det.hosts.classification.loaders import evaluation_loader, train_loader
 from kd_det.hosts.classification.model import DistilledClassifier
-from kd_det.hosts.lightning.module import DistillationModule, Results
+from kd_det.hosts.lightning.module import DistillationModule
 from kd_det.hosts.lightning.optim import build_sgd
 from kd_det.hosts.lightning.predictions import write_predictions
-from kd_det.procedures.kcd.condensation import Condensation
-from kd_det.procedures.unix import MixedBatch, UnixMixup, unix_cost
+from kd_det.procedures.base import Procedures
+from kd_det.procedures.unix import MixedBatch
 from kd_det.run.folder import PREDICTIONS
-
-logger = logging.getLogger(__name__)
 
 _TOP_K = (1, 5)
 
@@ -40,8 +38,7 @@ class LitClassifier(DistillationModule):
         seed: decides order and augmentation of the training images.
         train_data: the training set; None to evaluate only.
         test_data: the test set.
-        condensation: KCD's state.
-        unix: the batch transform.
+        procedures: of the run.
     """
 
     model: DistilledClassifier
@@ -53,12 +50,10 @@ class LitClassifier(DistillationModule):
         seed: int,
         train_data: ClassificationData | None,
         test_data: ClassificationData,
-        condensation: Condensation | None = None,
-        unix: UnixMixup | None = None,
+        procedures: Procedures | None = None,
     ) -> None:
-        super().__init__(model, cfg, seed)
+        super().__init__(model, cfg, seed, procedures)
         self.train_data, self.test_data = train_data, test_data
-        self.condensation, self.unix = condensation, unix
         self._best: tuple[float, int] | None = None
         self._clipped_loss: Tensor | None = None
         self._predictions: list[dict[str, Any]] = []
@@ -70,38 +65,17 @@ class LitClassifier(DistillationModule):
             if k < classes
         }
 
-    def final_results(self) -> Results:
-        """Of the last evaluation; with KCD or UNIX also the computation they took.
-
-        It is a share of plain distillation's in percent, by the published formula and measured.
-        """
-        if self.condensation is not None:
-            formula, measured = self.condensation.formula_cost(), self.condensation.measured_cost()
-        elif self.unix is not None:
-            ratio = flops_ratio(self.model, self.cfg.INPUT.SIZE)
-            formula = unix_cost(ratio, self.cfg.KD.UNIX.K_FRAC)
-            measured = self.unix.measured_cost(ratio)
-        else:
-            return self.results
-        logger.info("cost: %.2f %% by the formula, %.2f %% measured", 100 * formula, 100 * measured)
-        return self.results | {"cost": {"formula": 100 * formula, "measured": 100 * measured}}
-
     # Training
 
     def train_dataloader(self) -> Any:
         assert self.train_data is not None
         place = (self.trainer.global_rank, self.trainer.world_size)
-        return train_loader(self.cfg, self.train_data, self.seed, *place, self.condensation)
+        return train_loader(self.cfg, self.train_data, self.seed, *place, self.procedures)
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], _: int) -> Tensor:
-        images, targets, indices = batch
-        if self.unix is not None:
-            losses = self.model(*self.mix(images, targets))
-        else:
-            losses = self.model(images, targets)
-        if self.condensation is not None:
-            assert self.model.logits is not None
-            self.condensation.update(indices, logit_entropy(self.model.logits))
+        images, targets, _ = batch = self.procedures.on_batch(batch, self)
+        losses = self.model(images, targets)
+        self.procedures.on_step(batch, self)
         clipped = self.model.clipped_terms
         parts = {name: full_precision(loss) for name, loss in losses.items()}
         total = torch.stack([v for k, v in parts.items() if k not in clipped]).sum()
@@ -111,14 +85,30 @@ class LitClassifier(DistillationModule):
         self.log_losses(shown, everything)
         return total
 
-    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, MixedBatch]:
-        """UNIX: the part of the batch to train on, chosen by a first pass of the student."""
-        assert self.unix is not None
-        in_training = self.cfg.KD.UNIX.SCORE_MODE == "train"
-        pixels = self.model.statistics.normalize(images)
-        logits = score(self.model.student, pixels, in_training)
-        mixed = self.unix(images, targets, logits)
-        return mixed.images, mixed
+    # What procedures find; see kd_det.procedures.base.TrainingLoop
+
+    def size(self, batch: tuple[Tensor, Any, Tensor]) -> int:
+        return len(batch[0])
+
+    def select(self, batch: tuple[Tensor, Any, Tensor], rows: Sequence[int]) -> Any:
+        images, targets, indices = batch
+        rows = list(rows)
+        if isinstance(targets, MixedBatch):
+            return images[rows], MixedBatch(*(part[rows] for part in targets)), indices[rows]
+        return images[rows], targets[rows], indices[rows]
+
+    def indices(self, batch: tuple[Tensor, Any, Tensor]) -> Tensor:
+        return batch[2]
+
+    def uncertainties(self) -> Tensor:
+        assert self.model.logits is not None
+        return logit_entropy(self.model.logits)
+
+    def score(self, images: Tensor, training: bool) -> Tensor:
+        return score(self.model.student, self.model.statistics.normalize(images), training)
+
+    def flops_ratio(self) -> float:
+        return flops_ratio(self.model, self.cfg.INPUT.SIZE)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """The usual backward pass, after that of the terms that are clipped to the task."""
@@ -134,11 +124,6 @@ class LitClassifier(DistillationModule):
         add_clipped_gradients(parameters, transfer, factor, unclipped=adaptors)
         self._clipped_loss = None
 
-    def on_train_epoch_end(self) -> None:
-        if self.condensation is not None:
-            self.condensation.ledger.merge()
-            self.condensation.step()
-
     def configure_optimizers(self) -> Any:
         solver = self.cfg.SOLVER
         optimizer = build_sgd(self.model, solver)
@@ -151,17 +136,11 @@ class LitClassifier(DistillationModule):
         super().on_save_checkpoint(checkpoint)
         checkpoint["best"] = self._best
         checkpoint["results"] = (self.results, self.evaluated_at)
-        for name in ("condensation", "unix"):
-            if (part := getattr(self, name)) is not None:
-                checkpoint[name] = part.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._best = checkpoint.get("best")
         self.results, self.evaluated_at = checkpoint.get("results", ({}, None))
-        for name in ("condensation", "unix"):
-            if (part := getattr(self, name)) is not None and name in checkpoint:
-                part.load_state_dict(checkpoint[name])
 
     # Evaluation
 

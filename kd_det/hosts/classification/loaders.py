@@ -13,24 +13,27 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from kd_det.core.errors import fail
 from kd_det.core.seeds import keyed_generator
 from kd_det.hosts.classification.data import ClassificationData, augmentation
-from kd_det.procedures.kcd.condensation import Condensation
-from kd_det.procedures.kcd.sampler import RecipeDataset, SubsetSampler
+from kd_det.procedures.base import ImageChange, Procedures
 
 Item = tuple[Tensor, int, int]
 
 
-class AugmentedItems(Dataset):
-    """``(image, class, index)`` by index, with random augmentation."""
+class TrainingItems(Dataset):
+    """``(image, class, index)`` by index, changed by a procedure and randomly augmented."""
 
-    def __init__(self, data: ClassificationData, cfg: CfgNode) -> None:
+    def __init__(self, data: ClassificationData, cfg: CfgNode, change: ImageChange | None) -> None:
         self.data = data
         self.transform = augmentation(cfg)
+        self._change = change
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> Item:
         image, target = self.data[index]
+        if self._change is not None:
+            changed = self._change(index, lambda i: image if i == index else self.data[i][0])
+            image = image if changed is None else changed
         return self.transform(image), target, index
 
 
@@ -56,9 +59,9 @@ class SeededItems(Dataset):
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """``(epoch, index)`` for every index of a sampler that is told its epoch."""
+    """``(epoch, index)`` for every index of a sampler with ``set_epoch``."""
 
-    def __init__(self, sampler: DistributedSampler | SubsetSampler) -> None:
+    def __init__(self, sampler: Any) -> None:
         self.sampler = sampler
 
     def set_epoch(self, epoch: int) -> None:
@@ -78,7 +81,7 @@ def train_loader(
     seed: int,
     rank: int,
     world: int,
-    condensation: Condensation | None = None,
+    procedures: Procedures | None = None,
 ) -> DataLoader:
     """Batches ``(images, classes, indices)`` of one epoch.
 
@@ -88,18 +91,14 @@ def train_loader(
         seed: decides order and augmentation.
         rank: of this process.
         world: number of processes.
-        condensation: KCD's state, whose active and blended points are served.
+        procedures: of the run; one may choose the images.
     """
-    items: Any
-    sampler: DistributedSampler | SubsetSampler
-    if condensation is None:
-        items = AugmentedItems(data, cfg)
+    procedures = procedures or Procedures()
+    sampler = procedures.sampler(seed, rank, world)
+    if sampler is None:
         sampler = DistributedSampler(data, world, rank, shuffle=True, seed=seed)
-    else:
-        items = RecipeDataset(data, condensation, augmentation(cfg))
-        sampler = SubsetSampler(condensation, seed, rank, world)
     return DataLoader(
-        SeededItems(items, seed),
+        SeededItems(TrainingItems(data, cfg, procedures.image_change()), seed),
         batch_size=per_process(cfg, world),
         sampler=EpochSampler(sampler),
         num_workers=cfg.DATALOADER.NUM_WORKERS,

@@ -20,8 +20,8 @@ from kd_det.core.numerics import zero_in_graph
 from kd_det.core.taps import TapRecorder
 from kd_det.core.teacher import FrozenTeacher
 from kd_det.core.terms import Term, parse_terms
-from kd_det.hosts.classification.joint import Booster
 from kd_det.hosts.classification.taps import LOGITS, resolve_taps
+from kd_det.procedures.joint import Booster
 from kd_det.procedures.unix import MixedBatch, unix_task_loss
 
 CONTEXT = ("targets",)

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from fvcore.common.config import CfgNode
 
 from kd_det.core.errors import fail
-from kd_det.hosts.classification.build import build_condensation, build_training_model, build_unix
+from kd_det.hosts.classification.build import build_training_model, training_procedures
 from kd_det.hosts.classification.config import check_config, load_config
 from kd_det.hosts.classification.data import ClassificationData
 from kd_det.hosts.classification.lit import LitClassifier
@@ -20,11 +20,11 @@ from kd_det.hosts.classification.loaders import train_loader
 from kd_det.hosts.classification.model import DistilledClassifier
 from kd_det.hosts.lightning import entry
 from kd_det.hosts.lightning.module import Results
-from kd_det.hosts.lightning.pre_stage import load_given_pre_stage, prepare_pre_stage
+from kd_det.hosts.lightning.pre_stage import prepare_run
 from kd_det.hosts.lightning.progress import RunProgressBar
 from kd_det.hosts.lightning.run import Run, open_run
 from kd_det.hosts.lightning.trainer import build_trainer
-from kd_det.run.config import is_condensed
+from kd_det.procedures.base import active_procedures
 from kd_det.run.curves import CurveTag
 
 
@@ -52,8 +52,8 @@ def run(
         num_machines: machines of the run.
 
     Returns:
-        ``{"accuracy": {"top1": last, "top1_best": best, ...}}`` in percent; with KCD or UNIX
-        also ``"cost"``, the share of plain distillation's computation in percent.
+        ``{"accuracy": {"top1": last, "top1_best": best, ...}}`` in percent; ``"cost"``, where a
+        procedure reports one, is the share of plain distillation's computation in percent.
 
     Raises:
         KDError: anything that would fail later, before training and before anything is written.
@@ -65,34 +65,27 @@ def run(
         pl.seed_everything(this.seed, verbose=False)
         model = build_training_model(cfg, this.weights, distilled=not eval_only)
         _check(cfg, model)
-        if model.distiller is not None and model.teacher is not None:
-            load_given_pre_stage(model.distiller, model.teacher, cfg)
         tag = CurveTag([*cfg.KD.TERMS])
         trainer = _trainer(this, tag, [RunProgressBar(tag), *callbacks])
-        condensation = build_condensation(cfg, train_data) if train_data else None
-        unix = None if eval_only else build_unix(cfg, this.seed, trainer.global_rank)
-        lit = LitClassifier(model, cfg, this.seed, train_data, test_data, condensation, unix)
-        pre_stage = partial(_pre_stage, this, lit, tag)
+        procedures = None
+        if train_data is not None:
+            procedures = training_procedures(cfg, train_data, this.seed, trainer.global_rank)
+        lit = LitClassifier(model, cfg, this.seed, train_data, test_data, procedures)
+        pre_stage = partial(_before_run, this, lit, tag)
         return entry.conduct(this, lit, trainer, pre_stage, save_at_end=False)
 
 
-def _pre_stage(this: Run, lit: LitClassifier, tag: CurveTag) -> None:
+def _before_run(this: Run, lit: LitClassifier, tag: CurveTag) -> None:
     """What the terms learn from the teacher beforehand, on the training set as the run sees it."""
     model, data, cfg = lit.model, lit.train_data, this.cfg
-    if model.distiller is None or model.teacher is None:
-        return
     assert data is not None
-    prepare_pre_stage(
-        model.distiller,
-        model.teacher,
-        cfg,
+    prepare_run(
+        this,
+        lit,
         captures=lambda batch: model.teacher_captures(batch[0]),
         loader=lambda total, done, rank, world: train_loader(cfg, data, lit.seed, rank, world),
         epoch=math.ceil(len(data) / cfg.SOLVER.IMS_PER_BATCH),
-        hardware=this.hardware,
-        seed=this.seed,
         callbacks=[RunProgressBar(tag, "Pre-stage")],
-        resume=this.resume,
     )
 
 
@@ -102,12 +95,6 @@ def _check(cfg: CfgNode, model: DistilledClassifier) -> None:
             expected="CLIP task_norm in full precision",
             received="SOLVER.AMP.ENABLED True, which scales the gradients",
             remedy="set SOLVER.AMP.ENABLED False",
-        )
-    if cfg.KD.ENABLED and cfg.KD.UNIX.ENABLED and cfg.KD.JOINT.ENABLED:
-        fail(
-            expected="a frozen teacher for KD.UNIX, which saves its passes",
-            received="KD.JOINT.ENABLED True",
-            remedy="disable one of the two",
         )
 
 
@@ -125,6 +112,8 @@ def _trainer(this: Run, tag: CurveTag, callbacks: Sequence[pl.Callback]) -> pl.T
         max_epochs=cfg.SOLVER.MAX_EPOCH,
         max_steps=cfg.SOLVER.MAX_ITER or -1,
         check_val_every_n_epoch=max(1, cfg.TEST.EVAL_PERIOD),
-        # KCD's epochs shrink.
-        reload_dataloaders_every_n_epochs=int(is_condensed(cfg)),
+        # The length of an epoch may change.
+        reload_dataloaders_every_n_epochs=int(
+            any(procedure.chooses_images for procedure in active_procedures(cfg))
+        ),
     )

@@ -30,10 +30,9 @@ from kd_det.core.distiller import Distiller
 from kd_det.core.taps import Tap
 from kd_det.core.teacher import FrozenTeacher
 from kd_det.hosts.classification.build import (
-    build_condensation,
     build_student,
     build_training_model,
-    build_unix,
+    training_procedures,
 )
 from kd_det.hosts.classification.classes import class_names, teacher_class_names
 from kd_det.hosts.classification.config import check_config, load_config
@@ -101,13 +100,25 @@ class ClassificationWorkbench:
 
     def batches(self) -> Iterator[Any]:
         """``(images, classes, indices)``."""
-        data = ClassificationData(self.cfg, training=True)
-        return self._epochs(train_loader(self.cfg, data, self._seed, rank=0, world=1))
+        loader = train_loader(self.cfg, self._training_data, self._seed, rank=0, world=1)
+        return self._epochs(loader)
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
-        images, targets, _ = move_data_to_device(batch, self._device)
+        images, targets, indices = move_data_to_device(batch, self._device)
+        # Procedures of their own for every look: some count their draws.
+        procedures = training_procedures(self.cfg, self._training_data, self._seed)
         with self._fabric.autocast():
-            return training_losses(self._step(), self.distiller, images, targets)
+            if not len(procedures):
+                return training_losses(self.model, self.distiller, images, targets)
+            lit = LitClassifier(
+                self._classifier,
+                self.cfg,
+                self._seed,
+                None,
+                self._validation("student"),
+                procedures,
+            )
+            return training_losses(_Step(lit), self.distiller, images, targets, indices)
 
     def sampled_boxes(self, capture: Any) -> list[Tensor]:
         return []
@@ -124,14 +135,10 @@ class ClassificationWorkbench:
         return images, torch.zeros(len(images), dtype=torch.int64), torch.arange(len(images))
 
     def iterations(self) -> int:
-        solver, data = self.cfg.SOLVER, ClassificationData(self.cfg, training=True)
-        condensation = build_condensation(self.cfg, data)
-        epochs, images = [solver.MAX_EPOCH], [len(data)]
-        if condensation is not None:
-            epochs, images = condensation.lengths, condensation.counts
+        solver, data = self.cfg.SOLVER, self._training_data
+        periods = training_procedures(self.cfg, data).periods(solver.MAX_EPOCH, len(data))
         batch = solver.IMS_PER_BATCH
-        # The last counts are what a condensation after the run would leave.
-        total = sum(n * math.ceil(of / batch) for n, of in zip(epochs, images, strict=False))
+        total = sum(epochs * math.ceil(images / batch) for epochs, images in periods)
         return min(total, solver.MAX_ITER or total)
 
     # Validation
@@ -199,15 +206,9 @@ class ClassificationWorkbench:
     def _device(self) -> torch.device:
         return next(self.student.parameters()).device
 
-    def _step(self) -> nn.Module:
-        # A transform of its own for every look: UNIX counts its draws.
-        unix = build_unix(self.cfg, self._seed, rank=0)
-        if unix is None:
-            return self.model
-        data = self._validation("student")
-        return _MixedStep(
-            LitClassifier(self._classifier, self.cfg, self._seed, None, data, unix=unix)
-        )
+    @cached_property
+    def _training_data(self) -> ClassificationData:
+        return ClassificationData(self.cfg, training=True)
 
     @staticmethod
     def _epochs(loader: Any) -> Iterator[Any]:
@@ -257,13 +258,14 @@ class ClassificationWorkbench:
         )
 
 
-class _MixedStep(nn.Module):
-    """A training forward with UNIX, whose first pass of the student may move statistics, too."""
+class _Step(nn.Module):
+    """A training forward of a batch as procedures change it, which may move statistics, too."""
 
     def __init__(self, lit: LitClassifier) -> None:
         super().__init__()
         self.lit = lit
 
-    def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        losses: dict[str, Tensor] = self.lit.model(*self.lit.mix(images, targets))
+    def forward(self, *batch: Tensor) -> dict[str, Tensor]:
+        images, targets, _ = self.lit.procedures.on_batch(batch, self.lit)
+        losses: dict[str, Tensor] = self.lit.model(images, targets)
         return losses

@@ -26,6 +26,7 @@ from kd_det.hosts.detectron2.classes import build_class_map
 from kd_det.hosts.detectron2.family import FAMILY
 from kd_det.hosts.detectron2.fcos import ConfigurableFCOS
 from kd_det.hosts.detectron2.teacher import Teacher, build_teacher
+from kd_det.procedures.base import reads_uncertainties
 from kd_det.run.config import read_terms
 
 
@@ -72,7 +73,7 @@ class Distillation(DistillationPlan):
             terms,
             cfg.KD.REPORT_PERIOD,
             cfg.KD.TASK_WEIGHT,
-            cfg.KD.KCD.ENABLED,
+            reads_uncertainties(cfg),
             class_map,
             build_balance(cfg, terms),
             cfg.INPUT.FORMAT,

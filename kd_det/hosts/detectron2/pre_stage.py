@@ -7,7 +7,6 @@ proposals, joined by the ground truth and sampled by the teacher's own rule, are
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import SimpleTrainer, hooks
-from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor, nn
 
 from kd_det.core.class_map import ClassMap
+from kd_det.core.distributed import rank
 from kd_det.core.errors import fail
 from kd_det.core.taps import Tap, TapRecorder
 from kd_det.hosts.detection.heads import TeacherStep
@@ -32,28 +31,17 @@ from kd_det.hosts.detectron2.progress import ProgressBar, ShowProgress
 from kd_det.hosts.detectron2.teacher import Teacher
 from kd_det.hosts.detectron2.trainer import Trainer, data_parallel, unwrap
 from kd_det.hosts.detectron2.writers import PERIOD, build_writers
-from kd_det.procedures.pre_stage import (
-    PreStageLosses,
-    PreStageModel,
-    load_pre_stage,
-    pre_stage_losses,
-    save_pre_stage,
-    teacher_fingerprint,
-)
+from kd_det.procedures.base import BeforeRun, before_run, on_losses_built
+from kd_det.procedures.pre_stage import PreStageModel
 from kd_det.run.curves import CurveTag
 from kd_det.run.folder import PRE_STAGE, PRE_STAGE_FOLDER
 
-logger = logging.getLogger(__name__)
 
+def prepare_run(trainer: Trainer, resume: bool = False, bar: ProgressBar | None = None) -> None:
+    """Load or train what the procedures of a run need, before its first iteration.
 
-def prepare_pre_stage(
-    trainer: Trainer, resume: bool = False, bar: ProgressBar | None = None
-) -> None:
-    """Load or train what the terms of a run need, before its first iteration.
-
-    Does nothing where no term needs a pre-stage or all have theirs, from a checkpoint or from an
-    earlier stage of the run. The result is ``OUTPUT_DIR/pre_stage.pth``, its curves and
-    checkpoints are in ``OUTPUT_DIR/pre_stage``. Call it on every process.
+    The result is ``OUTPUT_DIR/pre_stage.pth``, its curves and checkpoints are in
+    ``OUTPUT_DIR/pre_stage``. Call it on every process.
 
     Args:
         trainer: of the run, with its weights loaded.
@@ -61,70 +49,44 @@ def prepare_pre_stage(
         bar: shows it on a terminal.
 
     Raises:
-        KDError: a file of another teacher or other taps, one where none is needed, a finished
-            pre-stage in ``OUTPUT_DIR`` without ``resume``, or no iterations to train.
+        KDError: see :class:`kd_det.procedures.pre_stage.PreStage`.
     """
-    cfg, student = trainer.cfg, unwrap(trainer.model)
-    needed = pre_stage_losses(trainer.distiller) if trainer.distiller is not None else {}
-    given, path = cfg.KD.PRE_STAGE.WEIGHTS, Path(cfg.OUTPUT_DIR) / PRE_STAGE
-    if given and cfg.KD.ENABLED and not needed:
-        fail(
-            expected="KD.PRE_STAGE.WEIGHTS only with a term that has a pre-stage, such as MHGD",
-            received=f"'{given}' and terms {', '.join(cfg.KD.TERMS)}",
-            remedy="leave it empty",
-        )
-    losses = {name: entry for name, entry in needed.items() if not entry[0].is_ready}
-    if not losses:
-        return
-    if not given and path.is_file() and not resume:
-        fail(
-            expected="OUTPUT_DIR without a finished pre-stage",
-            received=f"'{path}' of another run",
-            remedy=f"add --resume to continue that run, set KD.PRE_STAGE.WEIGHTS {path} to "
-            "use it elsewhere, or choose another OUTPUT_DIR",
-        )
-    fingerprint = teacher_fingerprint(student.teacher.frozen)
-    if given or path.is_file():
-        load_pre_stage(given or path, losses, fingerprint)
-    else:
-        _train(cfg, losses, student.teacher, student.class_map, resume, bar)
-        if comm.is_main_process():
-            save_pre_stage(path, losses, fingerprint)
-        comm.synchronize()
-    # The student's random numbers must not depend on whether the pre-stage was trained or loaded.
-    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
+    cfg, student, distiller = trainer.cfg, unwrap(trainer.model), trainer.distiller
+    teacher = student.teacher.frozen if distiller is not None else None
+
+    def train(model: PreStageModel, iterations: int) -> None:
+        _train(cfg, model, iterations, student, resume, bar)
+
+    def iterations(epochs: int) -> int:
+        return epochs * len(training_dicts(cfg)) // cfg.SOLVER.IMS_PER_BATCH
+
+    file = Path(cfg.OUTPUT_DIR) / PRE_STAGE
+    loaded = on_losses_built(cfg, distiller, teacher)
+    if loaded | before_run(BeforeRun(cfg, distiller, teacher, file, resume, train, iterations)):
+        # The student's random numbers must not depend on whether it was trained or loaded.
+        seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank())
 
 
 def _train(
     cfg: CfgNode,
-    losses: PreStageLosses,
-    teacher: Teacher,
-    class_map: ClassMap | None,
+    model: PreStageModel,
+    iterations: int,
+    student: Any,
     resume: bool,
     bar: ProgressBar | None,
 ) -> None:
-    node, batch = cfg.KD.PRE_STAGE, cfg.SOLVER.IMS_PER_BATCH
-    images = training_dicts(cfg)
-    iterations = node.MAX_ITER or node.EPOCHS * len(images) // batch
-    if iterations < 1:
-        fail(
-            expected="a pre-stage of at least one iteration",
-            received=f"KD.PRE_STAGE.EPOCHS {node.EPOCHS}, MAX_ITER {node.MAX_ITER}",
-            remedy="use the default 20 epochs, or give a finished one as KD.PRE_STAGE.WEIGHTS",
-        )
-    wanted = {tap for _, taps in losses.values() for tap in taps}
-    model = PreStageModel(losses)
-    captures = TeacherCaptures(teacher, wanted, cfg.INPUT.FORMAT, class_map)
+    node = cfg.KD.PRE_STAGE
+    captures = TeacherCaptures(student.teacher, model.taps, cfg.INPUT.FORMAT, student.class_map)
     alone = _TeacherAlone(model, captures)
     wrapped = data_parallel(alone, cfg.MODEL.DEVICE, broadcast_buffers=False)
     optimizer = model.optimizer(node.BASE_LR, node.MOMENTUM, node.NESTEROV, node.WEIGHT_DECAY)
-    loader = build_detection_train_loader(cfg, dataset=images)
+    loader = build_detection_train_loader(cfg, dataset=training_dicts(cfg))
     trainer = SimpleTrainer(wrapped, loader, optimizer)
     folder = Path(cfg.OUTPUT_DIR) / PRE_STAGE_FOLDER
     checkpointer = Checkpointer(wrapped, str(folder), trainer=trainer)
     own: list[hooks.HookBase] = [hooks.IterationTimer()]
-    tag = CurveTag(tuple(losses))
-    if comm.is_main_process():
+    tag = CurveTag(tuple(model.networks))
+    if rank() == 0:
         own.append(hooks.PeriodicCheckpointer(checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
         writers = build_writers(str(folder), iterations, tag)
         own.append(hooks.PeriodicWriter(writers, period=PERIOD))
@@ -133,9 +95,7 @@ def _train(
     trainer.register_hooks(own)
     checkpointer.resume_or_load("", resume=resume)
     done = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
-    logger.info("pre-stage: %d iterations on the teacher alone", iterations)
     trainer.train(done, iterations)
-    model.finish()
 
 
 class _TeacherAlone(nn.Module):

@@ -25,11 +25,11 @@ from torch.multiprocessing import ProcessRaisedException
 from kd_det.core.errors import KDError
 from kd_det.core.files import replace_text
 from kd_det.hosts.detection.terms import check_detection_terms
-from kd_det.hosts.detectron2.condensed import check_kcd
 from kd_det.hosts.detectron2.config import get_cfg
 from kd_det.hosts.detectron2.datasets import prepare_datasets, register_datasets
 from kd_det.hosts.detectron2.family import FAMILY
-from kd_det.hosts.detectron2.pre_stage import prepare_pre_stage
+from kd_det.hosts.detectron2.pre_stage import prepare_run
+from kd_det.hosts.detectron2.procedures import check_run_procedures
 from kd_det.hosts.detectron2.progress import ProgressBar, progress_bar, setup_logging
 from kd_det.hosts.detectron2.teacher import find_config
 from kd_det.hosts.detectron2.trainer import Trainer, unwrap
@@ -59,7 +59,7 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Everything that can be refused before processes start and files are written.
 
     Raises:
-        KDError: devices, output folder, loggers, teacher, terms or KCD do not fit.
+        KDError: devices, output folder, loggers, teacher, terms or procedures do not fit.
     """
     check_devices(cfg.MODEL.DEVICE, args.num_gpus)
     if args.eval_only:
@@ -71,7 +71,7 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     if cfg.KD.ENABLED and cfg.MODEL.META_ARCHITECTURE.startswith("Distilled"):
         check_detection_terms(read_terms(cfg), FAMILY)
         find_config(cfg.KD.TEACHER.CONFIG_FILE)
-    check_kcd(cfg)
+    check_run_procedures(cfg)
 
 
 def run(
@@ -122,9 +122,11 @@ def _train(
     with recorded_run(
         cfg.OUTPUT_DIR, cfg, cfg.SEED, resumed, comm.is_main_process(), **_facts(trainer)
     ):
-        prepare_pre_stage(trainer, resume, bar)
+        prepare_run(trainer, resume, bar)
         trainer.train()
-        results: dict[str, Any] = getattr(trainer, "_last_eval_results", {})
+        results: dict[str, Any] = dict(getattr(trainer, "_last_eval_results", {}))
+        if costs := trainer.costs():
+            results["cost"] = costs
         if comm.is_main_process():
             verify_results(cfg, results)
             if results:

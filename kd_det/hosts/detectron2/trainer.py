@@ -23,17 +23,16 @@ from detectron2.utils.events import EventWriter
 from kd_det.core.checkpoint import load_distiller
 from kd_det.core.distiller import Distiller
 from kd_det.core.errors import fail
-from kd_det.hosts.detectron2.condensed import Condense, CondensedRun
+from kd_det.hosts.detectron2.procedures import ProcedureHook, TrainingData, with_new_names
 from kd_det.hosts.detectron2.progress import ProgressBar, ShowProgress
 from kd_det.hosts.detectron2.writers import RecordMetrics, build_writers
 from kd_det.hosts.lightning.loggers import build_loggers
-from kd_det.run.config import is_condensed
 from kd_det.run.curves import CurveTag
 from kd_det.run.folder import INFERENCE
 
 
 class Trainer(DefaultTrainer):
-    """``DefaultTrainer`` with the COCO evaluator, KCD, and data-parallel on CPU too.
+    """``DefaultTrainer`` with the COCO evaluator, procedures, and data-parallel on CPU too.
 
     Args:
         cfg: a frozen config of this host.
@@ -48,14 +47,15 @@ class Trainer(DefaultTrainer):
         bar: ProgressBar | None = None,
     ) -> None:
         self._bar = bar
-        self._condensed: CondensedRun | None = None
-        if is_condensed(cfg):
-            # Before the plan, which counts batches.
-            cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-            self._condensed = CondensedRun(cfg)
-            cfg = self._condensed.cfg
+        # Before the plan of the procedures, which counts batches.
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        data = TrainingData(cfg)
+        cfg = data.cfg
+        self._procedure_hooks: list[ProcedureHook] = []
+        if data.procedures:
+            self._procedure_hooks = [ProcedureHook(data)]
             # The stock constructor asks its own instance for the loader.
-            self.build_train_loader = self._condensed.build_loader  # type: ignore[method-assign]
+            self.build_train_loader = data.build_loader  # type: ignore[method-assign]
         with _ddp_for(cfg.MODEL.DEVICE):
             super().__init__(cfg)
         self.register_hooks([_ReportSilentTerms(), *extra_hooks])
@@ -68,7 +68,7 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """The stock hooks, which save, evaluate and write, and before them what they need."""
         cfg = self.cfg
-        own: list[HookBase] = [Condense(self._condensed)] if self._condensed else []
+        own: list[HookBase] = list(self._procedure_hooks)
         own.append(RecordMetrics(self.distiller, torch.device(cfg.MODEL.DEVICE)))
         if cfg.VIS_PERIOD > 0 and self.distiller is not None:
             # It stands above all hosts, and draws with libraries that no other run needs.
@@ -96,6 +96,14 @@ class Trainer(DefaultTrainer):
         distiller = None if started else self.distiller
         with student_start(distiller, self.cfg):
             super().resume_or_load(resume)
+
+    def costs(self) -> dict[str, float]:
+        """Of a finished run; see :meth:`kd_det.procedures.base.Procedures.costs`."""
+        return self._procedure_hooks[0].costs if self._procedure_hooks else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As usual, also for checkpoints of former versions."""
+        super().load_state_dict(with_new_names(state_dict))
 
     @classmethod
     def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators: Any = None) -> dict[str, Any]:

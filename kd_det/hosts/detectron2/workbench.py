@@ -51,18 +51,17 @@ from kd_det.core.distiller import Distiller
 from kd_det.core.errors import fail
 from kd_det.core.taps import Tap
 from kd_det.core.teacher import FrozenTeacher, load_strict
-from kd_det.hosts.detection.kcd import build_condensation
 from kd_det.hosts.detectron2.backbones import add_backbone_config
 from kd_det.hosts.detectron2.classes import class_names, num_classes, teacher_class_names
-from kd_det.hosts.detectron2.condensed import check_kcd
 from kd_det.hosts.detectron2.config import get_cfg
 from kd_det.hosts.detectron2.datasets import prepare_datasets, register_datasets, training_dicts
 from kd_det.hosts.detectron2.export import export_student
 from kd_det.hosts.detectron2.heads import BOXES, BoxHead, num_box_stages
+from kd_det.hosts.detectron2.procedures import check_run_procedures
 from kd_det.hosts.detectron2.teacher import teacher_config
 from kd_det.hosts.detectron2.trainer import student_start
+from kd_det.procedures.base import TrainingSet, build_procedures
 from kd_det.run.class_names import fitting_names, translated, translation
-from kd_det.run.config import is_condensed
 from kd_det.run.devices import check_devices
 
 _GREY = torch.full((3, 480, 640), 128, dtype=torch.uint8)
@@ -78,7 +77,7 @@ def open_workbench(cfg: CfgNode, weights: str = "", distilled: bool = True) -> W
     cfg.DATALOADER.NUM_WORKERS = 0
     cfg.VIS_PERIOD = 0  # Detectron2 would draw into the storage of the first iteration
     check_devices(cfg.MODEL.DEVICE, 1)
-    check_kcd(cfg)
+    check_run_procedures(cfg)
     register_datasets(cfg)
     seed_all_rng(cfg.SEED)
     model = build_model(cfg)
@@ -157,11 +156,9 @@ class Detectron2Workbench:
         return batch
 
     def iterations(self) -> int:
-        if not is_condensed(self.cfg):
-            return int(self.cfg.SOLVER.MAX_ITER)
-        condensation = build_condensation(self.cfg, len(training_dicts(self.cfg)))
-        assert condensation is not None
-        return condensation.planned_steps()
+        cfg = self.cfg
+        procedures = build_procedures(cfg, lambda: TrainingSet(len(training_dicts(cfg))))
+        return int(procedures.planned_config(cfg).SOLVER.MAX_ITER)
 
     # Validation
 

@@ -96,6 +96,12 @@ class MetricsWriter(Callback):
         # What a validation takes is not the time of an iteration.
         self._reset(trainer)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        costs: Any = pl_module.costs
+        shares = {f"cost/{name}": share for name, share in costs().items()}
+        if shares and trainer.is_global_zero:
+            self._write(trainer, trainer.global_step - 1, shares)
+
     def _reset(self, trainer: Trainer) -> None:
         self._since = (trainer.global_step, time.perf_counter(), self.clock.seconds)
 

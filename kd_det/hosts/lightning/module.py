@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kd_det.core.distiller import Distiller
 from kd_det.core.teacher import FrozenTeacher
 from kd_det.hosts.lightning.metrics import LOG_PERIOD
+from kd_det.procedures.base import Procedures, TrainingLoop
 
 Results = dict[str, dict[str, float]]
 
@@ -36,7 +37,7 @@ class ResumableModule(LightningModule):
         self._rng = None
 
 
-class DistillationModule(ResumableModule):
+class DistillationModule(ResumableModule, TrainingLoop):
     """Trains a model that may hold a distiller; the model's state is its only state.
 
     Args:
@@ -44,6 +45,7 @@ class DistillationModule(ResumableModule):
             ``teacher``.
         cfg: a config of the host.
         seed: decides the order of the training images.
+        procedures: of the run.
 
     Attributes:
         results: of the last evaluation, ``{kind: {metric: percent}}``.
@@ -53,8 +55,11 @@ class DistillationModule(ResumableModule):
 
     remedy = "lower SOLVER.BASE_LR or the weight of a term"
 
-    def __init__(self, model: nn.Module, cfg: CfgNode, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, cfg: CfgNode, seed: int, procedures: Procedures | None = None
+    ) -> None:
         super().__init__()
+        self.procedures = procedures or Procedures()
         self.model = model
         self.cfg = cfg
         self.seed = seed
@@ -78,8 +83,13 @@ class DistillationModule(ResumableModule):
         return getattr(self.model, "teacher", None)
 
     def final_results(self) -> Results:
-        """What the run reports at its end."""
-        return self.results
+        """What the run reports at its end: the last evaluation, and the cost of procedures."""
+        costs = self.costs()
+        return self.results | ({"cost": costs} if costs else {})
+
+    def costs(self) -> dict[str, float]:
+        """See :meth:`kd_det.procedures.base.Procedures.costs`."""
+        return self.procedures.costs(self)
 
     # A checkpoint has the student's own keys, without the name it has here.
 
@@ -103,12 +113,26 @@ class DistillationModule(ResumableModule):
         shown = {"total_loss": total, **losses}
         # The callback that writes metrics.json tells the loggers, by the names of their curves.
         self.log_dict({k: v.detach() for k, v in shown.items()}, logger=False)
+        self.log_dict(self.procedures.scalars(), logger=False)
         if self.distiller is not None:
             # Shares are not measured in every step; the last ones are kept for the next line.
             self._measured.update(self.distiller.metrics)
             step = self.global_step + 1
             if step % LOG_PERIOD == 0 or step == self.trainer.max_steps:
                 self.log_dict(self._measured, logger=False)
+
+    def on_train_epoch_end(self) -> None:
+        self.procedures.on_epoch_end()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        # Saving is called on every process, though only the first writes.
+        self.procedures.synchronize()
+        checkpoint.update(self.procedures.state_dict())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.procedures.load_state_dict(checkpoint)
 
     def on_train_end(self) -> None:
         # A run may be shorter than the distiller's report period.

@@ -11,8 +11,11 @@ from collections.abc import Sequence
 from fvcore.common.config import CfgNode
 
 from kd_det.core.errors import check_choice, fail
-from kd_det.hosts.torchvision_detection.kcd import check_kcd
+from kd_det.procedures.base import check_procedures
 from kd_det.run.config import add_kd_config, merge_config
+
+OFFERS: frozenset[str] = frozenset()
+"""What procedures find on this host beside a training loop."""
 
 META_ARCHITECTURES = ("FasterRCNN", "MaskRCNN", "RetinaNet", "FCOS")
 
@@ -47,7 +50,7 @@ def check_config(cfg: CfgNode) -> None:
 
     Raises:
         KDError: another host's config, an unknown meta-architecture, levels, anchors or batch
-            sizes that do not fit each other, or what KCD cannot do on detectors.
+            sizes that do not fit each other, or what a procedure cannot do on detectors.
     """
     check_choice("HOST", cfg.HOST, ("torchvision_detection",))
     check_choice("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCHITECTURES)
@@ -77,7 +80,7 @@ def check_config(cfg: CfgNode) -> None:
             received=f"{cfg.SOLVER.MAX_ITER} and {cfg.SOLVER.IMS_PER_BATCH}",
             remedy="correct them; use --eval-only to train nothing",
         )
-    check_kcd(cfg)
+    check_procedures(cfg, OFFERS)
 
 
 def _add_model(cfg: CfgNode) -> None:

@@ -22,10 +22,8 @@ from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Mask
 
 from kd_det.core.errors import fail, nearest
 from kd_det.data.coco_json import check_coco_json
-from kd_det.hosts.torchvision_detection.kcd import StageLoader
 from kd_det.hosts.torchvision_detection.models import num_classes
-from kd_det.procedures.kcd.condensation import Condensation
-from kd_det.procedures.kcd.sampler import InfiniteSubsetSampler, blend_images
+from kd_det.procedures.base import ImageChange, PeriodLoader, Procedures
 
 Sample = tuple[Tensor, dict[str, Any]]
 
@@ -49,6 +47,10 @@ class CocoDataset(Dataset[Sample]):
         training: leave out crowds and, with ``filter_empty``, images without boxes.
         filter_empty: see ``training``.
         flip: mirror half of the images.
+
+    Attributes:
+        image_change: what a procedure makes of an image before its augmentation. Boxes remain
+            those of the image itself.
     """
 
     def __init__(
@@ -85,23 +87,14 @@ class CocoDataset(Dataset[Sample]):
         self.transform = v2.Compose(steps)
         size = sum(3 * i["width"] * i["height"] for i in self.images)
         self._cache: dict[int, Tensor] | None = {} if size <= _CACHE_BYTES else None
-        self._blends: tuple[Tensor, Tensor, Any] | None = None
-
-    def blend_as(self, condensation: Condensation) -> None:
-        """From now on, mix into each image the partner that a condensation gave it.
-
-        Boxes remain those of the image itself. The mixture is augmented as one image.
-        """
-        # Not the condensation itself: a loader process needs no copy of the ledger. These two are
-        # in shared memory.
-        self._blends = condensation.partners, condensation.epsilons, condensation.blend
+        self.image_change: ImageChange | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
         """``[3, H, W]`` in 0..1 and a dict with ``boxes``, ``labels``, ``index``, ..."""
-        image, annotations = self._blended(index), self.annotations[index]
+        image, annotations = self._changed(index), self.annotations[index]
         size = (image.shape[-2], image.shape[-1])
         boxes = torch.tensor([a["box"] for a in annotations], dtype=torch.float32).view(-1, 4)
         target: dict[str, Any] = {
@@ -118,16 +111,13 @@ class CocoDataset(Dataset[Sample]):
         image, target = self.transform(image, target)
         return image, {**target, "index": index}
 
-    def _blended(self, index: int) -> Tensor:
-        image = self._read(index)
-        if self._blends is None:
-            return image
-        partners, epsilons, mode = self._blends
-        partner, epsilon = int(partners[index]), float(epsilons[index])
-        if partner < 0 or epsilon == 0:
-            return image
-        # Floats in 0..1 pass the transform's conversion as they are.
-        return blend_images(image / 255, self._read(partner) / 255, epsilon, mode)
+    def _changed(self, index: int) -> Tensor:
+        if self.image_change is not None:
+            # Floats in 0..1 pass the transform's conversion as they are.
+            changed = self.image_change(index, lambda i: self._read(i) / 255)
+            if changed is not None:
+                return changed
+        return self._read(index)
 
     def _read(self, index: int) -> Tensor:
         if self._cache is not None and index in self._cache:
@@ -273,8 +263,8 @@ def train_loader(
     start: int = 0,
     rank: int = 0,
     world: int = 1,
-    condensation: Condensation | None = None,
-) -> DataLoader[Sample] | StageLoader:
+    procedures: Procedures | None = None,
+) -> DataLoader[Sample] | PeriodLoader:
     """Batches of a whole run as one pass, from iteration ``start`` on.
 
     Args:
@@ -284,7 +274,7 @@ def train_loader(
         start: iterations that are already done.
         rank: index of this process.
         world: number of processes.
-        condensation: which images there are, where they shrink; it knows its own start.
+        procedures: of the run; one may choose the images, and knows its own start.
 
     Raises:
         KDError: a batch that the processes cannot share evenly.
@@ -296,10 +286,11 @@ def train_loader(
             received=f"{batch} images for {world} processes",
             remedy="change one of them",
         )
-    if condensation is not None:
-        dataset.blend_as(condensation)
-        stream = InfiniteSubsetSampler(condensation, seed, rank, world)
-        return StageLoader(_loader(cfg, dataset, stream, batch // world, seed), condensation)
+    procedures = procedures or Procedures()
+    dataset.image_change = procedures.image_change()
+    if (stream := procedures.sampler(seed, rank, world)) is not None:
+        loader = _loader(cfg, dataset, stream, batch // world, seed)
+        return PeriodLoader(loader, procedures, cfg.SOLVER.MAX_ITER)
     sampler = StepSampler(len(dataset), batch, cfg.SOLVER.MAX_ITER, seed, start, rank, world)
     return _loader(cfg, dataset, sampler, batch // world, seed)
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from kd_det.core.errors import fail
 from kd_det.core.numerics import full_precision
 from kd_det.hosts.lightning.module import DistillationModule
 from kd_det.hosts.lightning.optim import build_sgd, learning_rate_factor
 from kd_det.hosts.torchvision_detection.data import CocoDataset, evaluation_loader, train_loader
 from kd_det.hosts.torchvision_detection.evaluation import COCOMetric, DetectionFile, prepared
-from kd_det.hosts.torchvision_detection.kcd import costs, dataset_indices, report_costs
 from kd_det.hosts.torchvision_detection.model import DistilledDetector
-from kd_det.procedures.kcd.condensation import Condensation
+from kd_det.procedures.base import Procedures
+
+Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
 
 class LitDetector(DistillationModule):
@@ -27,8 +28,7 @@ class LitDetector(DistillationModule):
         cfg: a config of this host.
         seed: decides the order of the training images.
         dataset: the training images; None where nothing is trained.
-        condensation: KCD's state, where the training set shrinks; ``cfg`` must be planned for it
-            and ``model`` must leave values of its images.
+        procedures: of the run; ``cfg`` must be planned by them.
     """
 
     remedy = "lower SOLVER.BASE_LR or the weight of a term, or lengthen the warm-up"
@@ -39,11 +39,10 @@ class LitDetector(DistillationModule):
         cfg: CfgNode,
         seed: int,
         dataset: CocoDataset | None = None,
-        condensation: Condensation | None = None,
+        procedures: Procedures | None = None,
     ) -> None:
-        super().__init__(model, cfg, seed)
+        super().__init__(model, cfg, seed, procedures)
         self.dataset = dataset
-        self.condensation = condensation
         self._metric: COCOMetric | None = None
         self._file: DetectionFile | None = None
         if cfg.SOLVER.AMP.ENABLED:
@@ -55,20 +54,33 @@ class LitDetector(DistillationModule):
         assert self.dataset is not None
         start, rank = self.trainer.global_step, self.trainer.global_rank
         world = self.trainer.world_size
-        return train_loader(
-            self.cfg, self.dataset, self.seed, start, rank, world, self.condensation
-        )
+        return train_loader(self.cfg, self.dataset, self.seed, start, rank, world, self.procedures)
 
-    def training_step(self, batch: tuple[list[Tensor], list[dict[str, Tensor]]], _: int) -> Tensor:
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        batch = self.procedures.on_batch(batch, self)
         losses = self.model(*batch)
         total = torch.stack([full_precision(loss) for loss in losses.values()]).sum()
         self.log_losses(losses, total)
-        if self.condensation is not None:
-            # Within the step, so that a checkpoint of this iteration knows its values too.
-            indices = torch.tensor(dataset_indices(batch[1]))
-            self.condensation.update(indices, self.model.image_values)  # type: ignore[arg-type]
-            self.condensation.step()
+        # Within the step, so that a checkpoint of this iteration knows its values too.
+        self.procedures.on_step(batch, self)
         return total
+
+    # What procedures find; see kd_det.procedures.base.TrainingLoop
+
+    def size(self, batch: Batch) -> int:
+        return len(batch[0])
+
+    def select(self, batch: Batch, rows: Sequence[int]) -> Batch:
+        images, targets = batch
+        return [images[row] for row in rows], [targets[row] for row in rows]
+
+    def indices(self, batch: Batch) -> Tensor:
+        return torch.tensor([target["index"] for target in batch[1]])
+
+    def uncertainties(self) -> Tensor:
+        values = self.model.image_values
+        assert isinstance(values, Tensor)
+        return values
 
     def configure_optimizers(self) -> Any:
         solver = self.cfg.SOLVER
@@ -78,31 +90,8 @@ class LitDetector(DistillationModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        if self.condensation is not None:
-            # Saving is called on every process, though only the first writes.
-            self.condensation.ledger.merge()
-            checkpoint["kcd"] = self.condensation.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        if (self.condensation is not None) != ("kcd" in checkpoint):
-            fail(
-                expected="to resume a run with KD.KCD.ENABLED as it began",
-                received=f"{self.condensation is not None} now, {'kcd' in checkpoint} then",
-                remedy="set it as in the config.yaml of OUTPUT_DIR, or start afresh",
-            )
-        if self.condensation is not None:
-            self.condensation.load_state_dict(checkpoint["kcd"])
-
     def on_fit_start(self) -> None:
         set_input_sizes(self.student, self.cfg, training=True)
-
-    def on_train_end(self) -> None:
-        super().on_train_end()
-        if self.condensation is not None:
-            report_costs(self.condensation)
 
     # Evaluation
 
@@ -116,21 +105,19 @@ class LitDetector(DistillationModule):
         data: CocoDataset = self.trainer.val_dataloaders.dataset
         self._file = DetectionFile([image["id"] for image in data.images], data.category_ids)
 
-    def validation_step(self, batch: tuple[list[Tensor], list[dict[str, Tensor]]], _: int) -> None:
+    def validation_step(self, batch: Batch, _: int) -> None:
         images, targets = batch
         assert self._metric is not None
         assert self._file is not None
         detections = [prepared(found) for found in self.model(images)]
         self._metric.update(detections, targets)
-        self._file.update(detections, dataset_indices(targets))
+        self._file.update(detections, [target["index"] for target in targets])
 
     def on_validation_epoch_end(self) -> None:
         assert self._metric is not None
         assert self._file is not None
         self.results = self._metric.compute()
         self._file.write(self.cfg.OUTPUT_DIR)
-        if self.condensation is not None:
-            self.results["kcd"] = costs(self.condensation)
         self._metric = self._file = None
         self.evaluated_at = self.global_step
         set_input_sizes(self.student, self.cfg, training=True)

@@ -17,18 +17,24 @@ from kd_det.core.checkpoint import load_distiller, load_student
 from kd_det.core.errors import fail
 from kd_det.hosts.lightning import entry
 from kd_det.hosts.lightning.module import Results
-from kd_det.hosts.lightning.pre_stage import load_given_pre_stage, prepare_pre_stage
+from kd_det.hosts.lightning.pre_stage import prepare_run
 from kd_det.hosts.lightning.progress import Progress, ReportProgress, RunProgressBar
 from kd_det.hosts.lightning.run import Run, open_run
 from kd_det.hosts.lightning.trainer import build_trainer
 from kd_det.hosts.torchvision_detection.classes import build_class_map
 from kd_det.hosts.torchvision_detection.config import check_config, load_config
 from kd_det.hosts.torchvision_detection.data import check_datasets, train_dataset, train_loader
-from kd_det.hosts.torchvision_detection.kcd import build_condensation, planned_config
 from kd_det.hosts.torchvision_detection.lit import LitDetector
 from kd_det.hosts.torchvision_detection.model import DistilledDetector
 from kd_det.hosts.torchvision_detection.models import build_model
 from kd_det.hosts.torchvision_detection.teacher import build_teacher
+from kd_det.procedures.base import (
+    Procedures,
+    TrainingSet,
+    build_procedures,
+    on_losses_built,
+    reads_uncertainties,
+)
 from kd_det.run.config import read_terms
 from kd_det.run.curves import CurveTag
 
@@ -62,8 +68,8 @@ def run(
         num_machines: machines of the run.
 
     Returns:
-        ``{"bbox": {"AP": ..., "AP50": ...}, "segm": {...}}`` in percent, and with KCD its
-        ``"kcd"`` costs.
+        ``{"bbox": {"AP": ..., "AP50": ...}, "segm": {...}}`` in percent; ``"cost"``, where a
+        procedure reports one, is the share of plain distillation's computation in percent.
 
     Raises:
         KDError: anything that would fail later, before training and before anything is written.
@@ -74,13 +80,16 @@ def run(
         pl.seed_everything(this.seed, verbose=False)
         model = build_training_model(cfg, this.weights, distilled=not eval_only)
         dataset = None if eval_only else train_dataset(cfg)
-        condensation = build_condensation(cfg, len(dataset)) if dataset is not None else None
-        planned = cfg if condensation is None else planned_config(cfg, condensation)
-        lit = LitDetector(model, planned, this.seed, dataset, condensation)
+        procedures = Procedures()
+        if dataset is not None:
+            size = len(dataset)
+            procedures = build_procedures(cfg, lambda: TrainingSet(size, this.seed))
+        planned = procedures.planned_config(cfg)
+        lit = LitDetector(model, planned, this.seed, dataset, procedures)
         tag = CurveTag([*cfg.KD.TERMS])
         bar = ReportProgress(progress) if progress else RunProgressBar(tag)
         trainer = _trainer(this, planned, tag, [bar, *callbacks])
-        pre_stage = partial(_pre_stage, this, lit, tag, progress)
+        pre_stage = partial(_before_run, this, lit, tag, progress)
         return entry.conduct(this, lit, trainer, pre_stage, save_at_end=True)
 
 
@@ -111,17 +120,17 @@ def build_training_model(cfg: CfgNode, weights: str = "", distilled: bool = True
         terms,
         cfg.KD.REPORT_PERIOD,
         task_weight=cfg.KD.TASK_WEIGHT,
-        values=cfg.KD.KCD.ENABLED,
+        values=reads_uncertainties(cfg),
         class_map=class_map,
         balance=build_balance(cfg, terms),
     )
     if cfg.KD.WEIGHTS:
         load_distiller(model.distiller, cfg.KD.WEIGHTS)
-    load_given_pre_stage(model.distiller, model.teacher, cfg)
+    on_losses_built(cfg, model.distiller, model.teacher)
     return model
 
 
-def _pre_stage(this: Run, lit: LitDetector, tag: CurveTag, progress: Progress | None) -> None:
+def _before_run(this: Run, lit: LitDetector, tag: CurveTag, progress: Progress | None) -> None:
     model, dataset, cfg = lit.model, lit.dataset, this.cfg
     if not isinstance(model, DistilledDetector):
         return
@@ -137,17 +146,13 @@ def _pre_stage(this: Run, lit: LitDetector, tag: CurveTag, progress: Progress | 
         assert progress is not None
         progress("pre-stage", done, total)
 
-    prepare_pre_stage(
-        model.distiller,
-        model.teacher,
-        cfg,
+    prepare_run(
+        this,
+        lit,
         model.teacher_captures(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN),
         loader,
         math.ceil(len(dataset) / cfg.SOLVER.IMS_PER_BATCH),
-        this.hardware,
-        this.seed,
         [ReportProgress(report) if progress else RunProgressBar(tag, "Pre-stage")],
-        this.resume,
     )
 
 

@@ -27,7 +27,6 @@ from kd_det.bench.workbench import Detections, PixelInput, Side, Workbench, side
 from kd_det.core.checkpoint import read_weights
 from kd_det.core.distiller import Distiller
 from kd_det.core.teacher import FrozenTeacher, load_strict
-from kd_det.hosts.detection.kcd import build_condensation
 from kd_det.hosts.lightning.hardware import precision
 from kd_det.hosts.torchvision_detection.classes import class_names, teacher_class_names
 from kd_det.hosts.torchvision_detection.config import check_config, load_config
@@ -45,8 +44,8 @@ from kd_det.hosts.torchvision_detection.model import DistilledDetector
 from kd_det.hosts.torchvision_detection.models import build_model, num_classes
 from kd_det.hosts.torchvision_detection.teacher import teacher_config
 from kd_det.hosts.torchvision_detection.train import build_training_model
+from kd_det.procedures.base import TrainingSet, build_procedures
 from kd_det.run.class_names import fitting_names, translated, translation
-from kd_det.run.config import is_condensed
 from kd_det.run.devices import check_devices
 
 _GREY = torch.full((3, 480, 640), 128, dtype=torch.uint8)
@@ -131,11 +130,9 @@ class TorchvisionWorkbench:
         ]
 
     def iterations(self) -> int:
-        if not is_condensed(self.cfg):
-            return int(self.cfg.SOLVER.MAX_ITER)
-        condensation = build_condensation(self.cfg, len(train_dataset(self.cfg)))
-        assert condensation is not None
-        return condensation.planned_steps()
+        cfg = self.cfg
+        procedures = build_procedures(cfg, lambda: TrainingSet(len(train_dataset(cfg))))
+        return int(procedures.planned_config(cfg).SOLVER.MAX_ITER)
 
     def unannotated(self, pictures: Sequence[Tensor]) -> Any:
         targets = [

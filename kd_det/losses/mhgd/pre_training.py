@@ -51,10 +51,6 @@ class PreStageLoss(DistillLoss):
         """
         raise NotImplementedError
 
-    def pre_stage_parameters(self) -> list[nn.Parameter]:
-        """What the pre-stage's optimiser updates."""
-        return list(self.network.parameters())
-
     def pre_stage_state(self) -> dict[str, Tensor]:
         """The network's weights and statistics, as copies on the CPU."""
         state = self.network.state_dict()

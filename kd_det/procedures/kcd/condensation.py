@@ -1,10 +1,10 @@
 """KCD: a training set that shrinks to the points the student still learns from (Li et al.,
 "Knowledge Condensation Distillation", ECCV 2022, https://arxiv.org/abs/2207.05409).
 
-It is no loss: it wraps whatever terms a run has. Every period the points are ranked by the ledger,
-the best stay, and the weakest of those are blended with the best of the dropped ones.
+It is no loss: it wraps whatever terms a run has. After every period the points are ranked by the
+ledger, the best stay, and the weakest of those are blended with the best of the dropped ones.
 
-Shapes: N points of the whole training set, N_t of them in stage t = 0, 1, ... Points are
+Shapes: N points of the whole training set, N_t of them in period t = 0, 1, ... Points are
 identified by their index in the whole training set, always.
 """
 
@@ -29,7 +29,7 @@ from kd_det.procedures.kcd.selection import (
     kcd_cost,
     keep_counts,
     partition,
-    stage_lengths,
+    period_lengths,
 )
 
 POOLS = ("all", "active")
@@ -41,19 +41,19 @@ logger = logging.getLogger(__name__)
 class Condensation:
     """The resumable state of a KCD run: which points are active, which are blended, and when next.
 
-    A host calls :meth:`update` for every batch and :meth:`step` after every epoch (or iteration);
+    A loop calls :meth:`update` for every batch and :meth:`step` after every epoch (or iteration);
     samplers and data sets of :mod:`kd_det.procedures.kcd.sampler` read it. In a distributed run
     every rank holds one and calls the same methods at the same times; all ranks then hold the same
     selection.
 
     Periods count epochs, or, with ``batch``, iterations *of a run on the whole training set*: a
-    stage that keeps 90 % of the points also takes 90 % of the iterations, so that a period is
-    the same number of passes in every stage.
+    period that keeps 90 % of the points also takes 90 % of the iterations, so that all periods are
+    the same number of passes.
 
     Args:
         size: N, the number of points of the whole training set.
         rho: share of the points after the last condensation, in (0, 1]; the paper's 0.7.
-        period: T, length of a stage; 40 in the released commands (of 240 epochs).
+        period: T, length of a period; 40 in the released commands (of 240 epochs).
         total: I, length of the run without condensation.
         alpha: exponent of the visit count in the score; 0.03 (paper).
         schedule: see :func:`kd_det.procedures.kcd.selection.keep_counts`.
@@ -67,12 +67,11 @@ class Condensation:
         batch: images per iteration over all ranks where periods count iterations, else None.
 
     Attributes:
-        ledger: the :class:`kd_det.procedures.kcd.ledger.SampleLedger`.
-        active: indices of the points of this stage, int64 ``[N_t]``.
-        stage: t, from 0.
-        position: epochs or iterations done in this stage.
+        active: indices of the points of this period, int64 ``[N_t]``.
+        current_period: t, from 0.
+        position: epochs or iterations done in this period.
         counts: the planned N_0, N_1, ...; see :func:`kd_det.procedures.kcd.selection.keep_counts`.
-        lengths: epochs or iterations of each stage.
+        lengths: epochs or iterations of each period.
         partners: for each point the index of its partner, or -1, int64 ``[N]``.
         epsilons: for each point the partner's share, float64 ``[N]``. Both live in shared
             memory and change in place, so that loader processes that stay alive see it.
@@ -108,14 +107,14 @@ class Condensation:
         self.epsilon_rule: Literal["reference", "paper"] = epsilon_rule
         self.min_per_class, self.batch = min_per_class, batch
         self.labels = _check_labels(labels, size) if min_per_class else None
-        self._full_lengths = stage_lengths(period, total)
+        self._full_lengths = period_lengths(period, total)
         self.counts = keep_counts(size, rho, total / period, schedule)
         self.lengths = self._full_lengths
         if batch is not None:
             planned = zip(self.lengths, self.counts, strict=False)
             self.lengths = [max(1, round(length * kept / size)) for length, kept in planned]
         self.active = torch.arange(size)
-        self.stage = 0
+        self.current_period = 0
         self.position = 0
         self.partners = torch.full((size,), -1).share_memory_()
         self.epsilons = torch.zeros(size, dtype=torch.float64).share_memory_()
@@ -129,7 +128,7 @@ class Condensation:
 
     @property
     def recipes(self) -> dict[int, tuple[int, float]]:
-        """``{index: (partner, epsilon)}`` of the points that are blended in this stage."""
+        """``{index: (partner, epsilon)}`` of the points that are blended in this period."""
         blended = (self.partners >= 0).nonzero().flatten()
         partners, epsilons = self.partners[blended].tolist(), self.epsilons[blended].tolist()
         recipes = zip(partners, epsilons, strict=True)
@@ -144,25 +143,24 @@ class Condensation:
         self.ledger.update(indices, values)
 
     def step(self) -> Partition | None:
-        """One epoch or iteration is done; condenses if a stage ends with it."""
+        """One epoch or iteration is done; condenses if a period ends with it."""
         self.position += 1
-        at_end = self.position == self.lengths[self.stage]
+        at_end = self.position == self.lengths[self.current_period]
         return self.end_of_period() if at_end else None
 
     def end_of_period(self) -> Partition | None:
-        """Condense and begin the next stage; after the last stage there is nothing to do."""
-        if self.stage + 1 == len(self.lengths):
+        """Condense and begin the next period; after the last one there is nothing to do."""
+        if self.current_period + 1 == len(self.lengths):
             return None
         return self.condense()
 
     def condense(self) -> Partition:
-        """Merge the ledger, rank, select, write the recipes, and begin the next stage."""
+        """Merge the ledger, rank, select, write the recipes, and begin the next period."""
         self.ledger.merge()
         among = self.active if self.pool == "active" else None
         order = _of_rank_0(rank(self.ledger.scores(self.alpha), among))
-        parts = partition(
-            order, self.counts[self.stage + 1], len(self.active), self.min_per_class, self.labels
-        )
+        keep = self.counts[self.current_period + 1]
+        parts = partition(order, keep, len(self.active), self.min_per_class, self.labels)
         pairs = len(parts.tail) if self.epsilon > 0 else 0
         self.partners.fill_(-1)
         self.epsilons.zero_()
@@ -170,12 +168,12 @@ class Condensation:
         ratios = blend_ratios(len(parts.drop), self.epsilon, self.epsilon_rule)
         self.epsilons[parts.tail[:pairs]] = ratios[:pairs]
         self.active = parts.keep
-        self.stage += 1
+        self.current_period += 1
         self.position = 0
         return parts
 
     def planned_steps(self) -> int:
-        """Epochs or iterations of the whole run; what a learning-rate schedule must be told."""
+        """Epochs or iterations of the whole run; the length of a learning-rate schedule."""
         return sum(self.lengths)
 
     def planned_step(self, step: int) -> int:
@@ -212,7 +210,7 @@ class Condensation:
         return kcd_cost(self.rho, self.total, self.period)
 
     def planned_cost(self) -> float:
-        """The cost this run will have: its first stage is full and counts are integers."""
+        """The cost this run will have: its first period is full and counts are integers."""
         return self.planned_samples() / self.full_samples()
 
     def measured_cost(self) -> float:
@@ -230,7 +228,7 @@ class Condensation:
             "active": self.active.clone(),
             "partners": self.partners.clone(),
             "epsilons": self.epsilons.clone(),
-            "stage": self.stage,
+            "current_period": self.current_period,
             "position": self.position,
             "counts": list(self.counts),
             "lengths": list(self.lengths),
@@ -247,7 +245,7 @@ class Condensation:
             # Another length of the data set changes the counts too; the ledger says it better.
             if own != saved and len(state["ledger"]["count"]) == len(self):
                 fail(
-                    expected=f"KCD's state to have this run's stage {name}, {own}",
+                    expected=f"KCD's state to have this run's period {name}, {own}",
                     received=f"{saved}",
                     remedy="resume with the same rho, period, schedule, batch and length of run",
                 )
@@ -255,7 +253,9 @@ class Condensation:
         self.active = state["active"].clone()
         self.partners.copy_(state["partners"])
         self.epsilons.copy_(state["epsilons"])
-        self.stage, self.position = int(state["stage"]), int(state["position"])
+        # Versions before the periods had this name saved them as stages.
+        period = state["current_period"] if "current_period" in state else state["stage"]
+        self.current_period, self.position = int(period), int(state["position"])
 
 
 def _of_rank_0(order: Tensor) -> Tensor:

@@ -6,15 +6,16 @@ continues with the very points it would have seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from itertools import chain, islice
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
 
+from kd_det.core.distributed import rank as own_rank
 from kd_det.core.distributed import world_size
 from kd_det.core.errors import check_choice, fail
 from kd_det.core.seeds import keyed_generator
@@ -83,18 +84,17 @@ class InfiniteSubsetSampler(Sampler[int]):
     """An endless stream over the active points, for loops that count iterations (Detectron2).
 
     One random pass follows another; the ranks take every ``world``-th point of the stream, so
-    nothing is repeated to make them equal. Each stage has its own stream. It begins where
+    nothing is repeated to make them equal. Each period has its own stream. It begins where
     ``condensation.position`` says, which is all that a resumed run needs.
 
-    A loader that fetches ahead still holds a few batches of the old stage when a new one begins.
-    For exact resuming let the loop take a new iterator of its loader whenever
-    :meth:`Condensation.step` returns a partition.
+    A loader that fetches ahead still holds a few batches of the old period when a new one begins;
+    see :class:`kd_det.procedures.base.PeriodLoader`.
 
     Args:
         condensation: whose active points are sampled; it must count iterations (``batch``).
         seed: the same on all ranks.
-        rank: this process; from the process group by default.
-        world: number of processes; from the process group by default.
+        rank: as of :class:`SubsetSampler`.
+        world: likewise.
 
     Raises:
         KDError: the condensation counts epochs.
@@ -120,22 +120,63 @@ class InfiniteSubsetSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         state = self.condensation
         assert state.batch is not None
-        stage, start = state.stage, state.position * state.batch
+        period, start = state.current_period, state.position * state.batch
         while True:
-            for place, index in enumerate(self._stream(stage, start), start):
-                if state.stage != stage:
+            for place, index in enumerate(self._stream(period, start), start):
+                if state.current_period != period:
                     break
                 if place % self.world == self.rank:
                     yield index
-            stage, start = state.stage, 0
+            period, start = state.current_period, 0
 
-    def _stream(self, stage: int, start: int) -> Iterator[int]:
+    def _stream(self, period: int, start: int) -> Iterator[int]:
         active = self.condensation.active
         passes, start = divmod(start, len(active))
         while True:
-            generator = keyed_generator(self.seed, stage, passes)
+            generator = keyed_generator(self.seed, period, passes)
             yield from active[torch.randperm(len(active), generator=generator)][start:].tolist()
             passes, start = passes + 1, 0
+
+
+class GroupedSampler(InfiniteSubsetSampler):
+    """The same stream, dealt in batches of one group (wide or high images) as they fill up.
+
+    A loader that groups behind its sampler would make the place in the run inexact: a few images
+    always wait in it for a batch to fill.
+
+    Args:
+        condensation: as of :class:`InfiniteSubsetSampler`, as are ``seed``, ``rank``, ``world``.
+        seed: likewise.
+        groups: the group of every image of the training set, ``[N]`` bool.
+    """
+
+    def __init__(
+        self,
+        condensation: Condensation,
+        seed: int,
+        groups: Tensor,
+        rank: int | None = None,
+        world: int | None = None,
+    ) -> None:
+        super().__init__(condensation, seed, rank, world)
+        self._groups = groups
+
+    def __iter__(self) -> Iterator[int]:
+        state = self.condensation
+        assert state.batch is not None
+        stream = islice(self._stream(state.current_period, 0), self.rank, None, self.world)
+        # From the start of the period: what waited at a checkpoint must wait again.
+        batches = islice(self._batches(stream, state.batch // self.world), state.position, None)
+        return chain.from_iterable(batches)
+
+    def _batches(self, stream: Iterable[int], size: int) -> Iterator[list[int]]:
+        waiting: tuple[list[int], list[int]] = ([], [])
+        for index in stream:
+            batch = waiting[int(self._groups[index])]
+            batch.append(index)
+            if len(batch) == size:
+                yield batch.copy()
+                batch.clear()
 
 
 def blend_images(
@@ -173,6 +214,25 @@ def blend_images(
     return share * image + epsilon * partner
 
 
+class Blends:
+    """The image in place of each image of the training set, as a condensation blends them.
+
+    Holds the recipes alone, which are in shared memory: a loader process needs no copy of the
+    ledger, and one that stays alive between epochs sees new blends, too.
+    """
+
+    def __init__(self, condensation: Condensation) -> None:
+        self.partners, self.epsilons = condensation.partners, condensation.epsilons
+        self.mode = condensation.blend
+
+    def __call__(self, index: int, read: Callable[[int], Tensor]) -> Tensor | None:
+        """The blend, or None where the image stays; ``read(i)`` is floating ``[C, H, W]``."""
+        partner, epsilon = int(self.partners[index]), float(self.epsilons[index])
+        if partner < 0 or epsilon == 0:
+            return None
+        return blend_images(read(index), read(partner), epsilon, self.mode)
+
+
 class _Images(Sized, Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
@@ -182,9 +242,6 @@ class RecipeDataset(Dataset[tuple[Any, Any, int]]):
 
     Blends are made of *original* images, before random augmentation, and never stored. Indices
     are those of the whole data set and are returned with each item, for the ledger.
-
-    Loader processes that stay alive between epochs see new blends too, since the recipes are in
-    shared memory.
 
     Args:
         dataset: ``(image, target)`` by index, with floating images ``[C, H, W]`` that are not yet
@@ -211,9 +268,7 @@ class RecipeDataset(Dataset[tuple[Any, Any, int]]):
             )
         self.dataset = dataset
         self.transform = transform
-        # Not the condensation itself: a loader process needs no copy of the ledger.
-        self._partners, self._epsilons = condensation.partners, condensation.epsilons
-        self._mode = condensation.blend
+        self._blends = Blends(condensation)
         first = dataset[0][0] if condensation.epsilon > 0 else None
         if first is not None and not (isinstance(first, Tensor) and first.is_floating_point()):
             fail(
@@ -227,9 +282,8 @@ class RecipeDataset(Dataset[tuple[Any, Any, int]]):
 
     def __getitem__(self, index: int) -> tuple[Any, Any, int]:
         image, target = self.dataset[index]
-        partner, epsilon = int(self._partners[index]), float(self._epsilons[index])
-        if partner >= 0 and epsilon > 0:
-            image = blend_images(image, self.dataset[partner][0], epsilon, self._mode)
+        blend = self._blends(index, lambda i: image if i == index else self.dataset[i][0])
+        image = image if blend is None else blend
         return image if self.transform is None else self.transform(image), target, index
 
 
@@ -237,7 +291,7 @@ def _place(rank: int | None, world: int | None) -> tuple[int, int]:
     if world is None:
         world = world_size()
     if rank is None:
-        rank = dist.get_rank() if world_size() > 1 else 0
+        rank = own_rank()
     if not 0 <= rank < world:
         fail(
             expected=f"a rank below the number of processes, {world}",

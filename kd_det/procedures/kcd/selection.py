@@ -1,7 +1,7 @@
 """The rules of KCD (Li et al., "Knowledge Condensation Distillation", ECCV 2022,
 https://arxiv.org/abs/2207.05409) as functions: how many points stay, which, and what it costs.
 
-Shapes: N points of the whole training set, N_t of them in stage t = 0, 1, ..., A that compete.
+Shapes: N points of the whole training set, N_t of them in period t = 0, 1, ..., A that compete.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Partition(NamedTuple):
     tail: Tensor
 
 
-def stage_lengths(period: int, total: int) -> list[int]:
-    """Length of each stage of a run of ``total``; the last may be shorter than ``period``.
+def period_lengths(period: int, total: int) -> list[int]:
+    """Length of each period of a run of ``total``; the last may be shorter than ``period``.
 
     Raises:
         KDError: one of them is below 1.
@@ -51,19 +51,19 @@ def stage_lengths(period: int, total: int) -> list[int]:
 
 
 def keep_counts(
-    total: int, rho: float, stages: float, schedule: Literal["exp", "linear"] = "exp"
+    total: int, rho: float, periods: float, schedule: Literal["exp", "linear"] = "exp"
 ) -> list[int]:
-    """N_0 = N, N_1, ..., N_n: how many points each of n stages trains on.
+    """N_0 = N, N_1, ..., N_n: how many points each of n periods trains on.
 
-    The last is what a condensation after the last stage would leave; no stage trains on it.
+    The last is what a condensation after the last period would leave; no period trains on it.
 
     Args:
         total: N.
         rho: share of the points in N_n, in (0, 1].
-        stages: I / T, length of the run over that of a stage; n is this, rounded up.
-        schedule: ``"exp"``: ``N_t = round(N * rho^(t/stages))``, the paper's. ``"linear"``:
-            ``floor(N * (1-rho) / stages)`` fewer per stage, not below ``floor(rho * N)``, the
-            released code's (which fixes 6 stages), in its floating-point arithmetic.
+        periods: I / T, length of the run over that of a period; n is this, rounded up.
+        schedule: ``"exp"``: ``N_t = round(N * rho^(t/periods))``, the paper's. ``"linear"``:
+            ``floor(N * (1-rho) / periods)`` fewer per period, not below ``floor(rho * N)``, the
+            released code's (which fixes 6 periods), in its floating-point arithmetic.
 
     Returns:
         ``n + 1`` counts, none below 1, nor below the share ``rho``.
@@ -73,11 +73,11 @@ def keep_counts(
     """
     _check_rho(rho)
     check_choice("schedule", schedule, KEEP_SCHEDULES)
-    last = math.ceil(stages)
+    last = math.ceil(periods)
     if schedule == "exp":
-        shares = (rho ** min(1.0, t / stages) for t in range(last + 1))
+        shares = (rho ** min(1.0, t / periods) for t in range(last + 1))
         return [max(1, round(total * share)) for share in shares]
-    fewer, least = int(total * (1 - rho) / stages), max(1, int(rho * total))
+    fewer, least = int(total * (1 - rho) / periods), max(1, int(rho * total))
     return [max(least, total - t * fewer) for t in range(last + 1)]
 
 
@@ -148,29 +148,29 @@ def kcd_cost(
     rho: float,
     total: int,
     period: int,
-    first_stage: Literal["condensed", "full"] = "condensed",
+    first_period: Literal["condensed", "full"] = "condensed",
     schedule: Literal["exp", "linear"] = "exp",
 ) -> float:
     """Samples processed, as a share of those of a run on the whole training set.
 
     The published value is that of the defaults: 81.6 % for rho 0.7, 240 epochs, period 40, with a
-    first stage that is already condensed. A first stage on the full set, which the procedure
+    first period that is already condensed. A first period on the full set, which the procedure
     has, gives 86.6 %, and with the released code's linear schedule 87.5 %.
 
     Args:
         rho: share of the points after the last condensation.
         total: length of the run.
-        period: length of a stage, in the same unit; the last may be shorter.
-        first_stage: ``"condensed"`` counts stages t = 1, 2, ...; ``"full"`` t = 0, 1, ...
-        schedule: share of stage t: ``rho^(t T / I)`` or ``1 - (1-rho) t T / I``, at least ``rho``.
+        period: length of a period, in the same unit; the last may be shorter.
+        first_period: ``"condensed"`` counts periods t = 1, 2, ...; ``"full"`` t = 0, 1, ...
+        schedule: share of period t: ``rho^(t T / I)`` or ``1 - (1-rho) t T / I``, at least ``rho``.
     """
     _check_rho(rho)
-    check_choice("first_stage", first_stage, ("condensed", "full"))
+    check_choice("first_period", first_period, ("condensed", "full"))
     check_choice("schedule", schedule, KEEP_SCHEDULES)
-    lengths = stage_lengths(period, total)
-    offset = 1 if first_stage == "condensed" else 0
+    lengths = period_lengths(period, total)
+    offset = 1 if first_period == "condensed" else 0
     if offset and schedule == "exp" and rho < 1:
-        # The closed form of the paper, which is the sum below where the stages are of one length.
+        # The closed form of the paper, which is the sum below where the periods are of one length.
         ratio = rho ** (period / total)
         return ratio * (1 - rho) / (1 - ratio) * period / total
     cost = 0.0

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from kd_det.hosts.classification import teacher
-from kd_det.hosts.classification.build import build_condensation, build_training_model, build_unix
+from kd_det.hosts.classification.build import build_training_model
 from kd_det.hosts.classification.config import load_config
 from kd_det.hosts.classification.lit import score
 from kd_det.hosts.classification.models import build_classifier
 from kd_det.hosts.classification.teacher import num_classes
+from kd_det.procedures.base import TrainingSet, build_procedures
 from kd_det.procedures.pre_stage import pre_stage_losses
 from kd_det.run.plan import read_plan
 
@@ -43,12 +44,18 @@ def test_a_config_is_read_and_says_what_it_is(path):
     assert path.read_text().startswith("# ")
 
 
+def built(cfg):
+    """The one procedure of a run."""
+    (procedure,) = build_procedures(cfg, lambda: TrainingSet(600))
+    return procedure
+
+
 def test_unix_counts_from_the_nominal_batch_where_its_code_does():
     cfg = load_config(str(FOLDER / "cifar100" / "unix_vgg8_vgg13.yaml"))
     assert cfg.KD.UNIX.NOMINAL_BATCH == cfg.SOLVER.IMS_PER_BATCH == 64
-    assert build_unix(cfg, 0, 0).nominal == (48, 32, 64)
+    assert built(cfg).mixup.nominal == (48, 32, 64)
     cfg = load_config(str(FOLDER / "digits" / "unix_resnet14_x0.5_resnet20.yaml"))
-    assert build_unix(cfg, 0, 0).nominal is None
+    assert built(cfg).mixup.nominal is None
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=ident)
@@ -102,5 +109,5 @@ def test_every_kcd_recipe_has_the_published_cost():
     for path in RECIPES:
         cfg = load_config(str(path))
         if cfg.KD.KCD.ENABLED:
-            state = build_condensation(cfg, range(600))
-            assert state.formula_cost() == pytest.approx(0.81635, abs=1e-5), path
+            formula, _ = built(cfg).cost(None)
+            assert formula == pytest.approx(0.81635, abs=1e-5), path

@@ -39,7 +39,7 @@ class Note(Callback):
 
     def on_train_end(self, trainer, module):
         state = {"model": module.state_dict(), "without": self.without}
-        state["kcd"] = module.condensation.state_dict()
+        state["kcd"] = module.procedures.state_dict()["procedures"]["KCD"]
         torch.save(state, output / f"{trainer.global_rank}.pth")
 
 
@@ -84,7 +84,7 @@ def test_two_processes_end_with_one_model_and_one_selection(config, tmp_path):
         assert torch.equal(first["model"][key], second["model"][key]), key
     for key in ("active", "partners", "epsilons"):
         assert torch.equal(first["kcd"][key], second["kcd"][key])
-    assert first["kcd"]["stage"] == 1
+    assert first["kcd"]["current_period"] == 1
     predictions = json.loads((Path(cfg.OUTPUT_DIR) / PREDICTIONS).read_text())
     targets = ClassificationData(cfg, training=False).targets.tolist()
     assert [p["index"] for p in predictions] == list(range(len(targets)))

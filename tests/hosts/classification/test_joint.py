@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kd_det.hosts.classification.joint import Booster
 from kd_det.hosts.classification.model import Distillation, DistilledClassifier, Statistics
 from kd_det.hosts.classification.models import build_classifier
+from kd_det.procedures.joint import Booster
 
 SHARED = ["conv1", "bn1", "relu", "layer1.0"]
 HINT = {"hint": {"LOSS": "Rocket", "WEIGHT": 0.03, "TAPS": ["logits"]}}

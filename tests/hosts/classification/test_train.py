@@ -131,7 +131,8 @@ def test_kcd_trains_on_fewer_points_and_selects_the_same_after_a_resume(config):
 
     class Note(Callback):
         def on_train_epoch_start(self, trainer, module):
-            kept.append(sorted(module.condensation.active.tolist()))
+            (kcd,) = module.procedures
+            kept.append(sorted(kcd.condensation.active.tolist()))
 
     whole, broken = config("a", KD=node, SOLVER=epochs), config("b", KD=node, SOLVER=epochs)
     results = run(whole, callbacks=[Note()])

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from kd_det.core.checkpoint import strip_distiller
 from kd_det.hosts.detectron2 import build_teacher, get_cfg, meta_arch
-from kd_det.hosts.detectron2.condensed import check_kcd
 from kd_det.hosts.detectron2.export import stock_config
+from kd_det.hosts.detectron2.procedures import check_run_procedures
 from kd_det.procedures.kcd.selection import kcd_cost
 from kd_det.procedures.pre_stage import pre_stage_losses
 from kd_det.run.config import merge_config
@@ -225,14 +225,14 @@ class TestPublishedValues:
 
     def test_kcd_costs_what_the_paper_says(self) -> None:
         cfg = load("kcd_frcnn_r50_r101")
-        check_kcd(cfg)
+        check_run_procedures(cfg)
         node = cfg.KD.KCD
         assert (node.ENABLED, node.RHO, node.ALPHA, node.EPSILON) == (True, 0.7, 0.03, 0.3)
         cost = kcd_cost(node.RHO, cfg.SOLVER.MAX_ITER, node.PERIOD)
         assert cost == pytest.approx(0.816, abs=5e-4)
         # Every image of the digits is seen before the first condensation.
         digits = load("digits/kcd_frcnn")
-        check_kcd(digits)
+        check_run_procedures(digits)
         assert digits.KD.KCD.PERIOD * digits.SOLVER.IMS_PER_BATCH >= 1500
 
     def test_mhgd_learns_from_as_many_batches_as_published(self) -> None:

@@ -166,9 +166,11 @@ def test_two_cpu_processes_keep_one_ledger(options, tmp_path):
     )  # fmt: skip
     # Eight images, two stages of two iterations of two images, one of each process.
     last = {key: values[-1] for key, values in curves(output).items()}
-    assert last["kcd/cost_measured"] == 100
-    hook = torch.load(output / "model_final.pth", weights_only=True)["trainer"]["hooks"]["Condense"]
-    state = hook["condensation"]
+    assert last["cost/measured"] == 100
+    hook = torch.load(output / "model_final.pth", weights_only=True)["trainer"]["hooks"][
+        "ProcedureHook"
+    ]
+    state = hook["procedures"]["KCD"]
     assert int(state["ledger"]["count"].sum()) == 8
     assert state["stage"] == 1
     assert len(state["active"]) == state["counts"][1] == 7

@@ -29,7 +29,7 @@ def test_a_config_trains_checkpoints_and_exports_the_stock_student(method, digit
     for term in cfg.KD.TERMS:
         assert seen[term] > 0, term
     checkpoint = torch.load(tmp_path / "run" / "last.ckpt", weights_only=False)
-    assert ("kcd" in checkpoint) == (method == "kcd")
+    assert ("KCD" in checkpoint["procedures"]) == (method == "kcd")
     build_model(cfg).load_state_dict(strip_distiller(checkpoint["state_dict"]), strict=True)
     weights, config = export_student(
         cfg, tmp_path / "run" / "model_final.pth", tmp_path / "student"

@@ -16,8 +16,8 @@ from kd_det.hosts.detection.uncertainty import anchor_values, roi_values
 from kd_det.hosts.lightning.optim import learning_rate_factor
 from kd_det.hosts.torchvision_detection import heads
 from kd_det.hosts.torchvision_detection.data import CocoDataset, collate, train_loader
-from kd_det.hosts.torchvision_detection.kcd import build_condensation, planned_config
 from kd_det.hosts.torchvision_detection.train import run
+from kd_det.procedures.base import TrainingSet, build_procedures
 from tests.hosts.torchvision_detection.models import (
     ARCHITECTURES,
     Stop,
@@ -26,6 +26,12 @@ from tests.hosts.torchvision_detection.models import (
     student_model,
     tiny_cfg,
 )
+
+
+def build(cfg, images):
+    """The one procedure of a run, KCD."""
+    (kcd,) = build_procedures(cfg, lambda: TrainingSet(images))
+    return kcd
 
 
 def test_the_value_of_an_image_is_the_mean_entropy_of_its_rois(randn):
@@ -116,8 +122,9 @@ def test_blended_images_keep_their_own_boxes_and_are_flipped_as_one(digits):
     blended = CocoDataset(*digits["digits_train"], masks=True, flip=True)
     cfg = tiny_cfg("FasterRCNN")
     cfg.KD.ENABLED = cfg.KD.KCD.ENABLED = True
-    condensation = build_condensation(cfg, len(plain))
-    blended.blend_as(condensation)
+    kcd = build(cfg, len(plain))
+    condensation = kcd.condensation
+    blended.image_change = kcd.image_change()
     assert [plain[i][1]["index"] for i in range(3)] == [0, 1, 2]
     condensation.partners[2], condensation.epsilons[2] = 4, 0.25
     expected = 0.75 * plain[2][0] + 0.25 * plain[4][0]
@@ -138,11 +145,10 @@ def test_blended_images_keep_their_own_boxes_and_are_flipped_as_one(digits):
 def test_the_plan_shortens_the_run_and_moves_its_learning_rate_steps():
     opts = ["SOLVER.MAX_ITER", 600, "SOLVER.STEPS", (450, 550), "SOLVER.WARMUP_ITERS", 100]
     cfg = tiny_cfg("FasterRCNN", opts)
-    assert build_condensation(cfg, 1500) is None
+    assert not build_procedures(cfg, lambda: TrainingSet(1500))
     cfg.KD.ENABLED = cfg.KD.KCD.ENABLED = True
     cfg.KD.KCD.PERIOD = 200
-    condensation = build_condensation(cfg, 1500)
-    planned = planned_config(cfg, condensation).SOLVER
+    planned = build(cfg, 1500).planned_config(cfg).SOLVER
     # Three stages that keep 1, 0.7^(1/3) and 0.7^(2/3) of the images.
     shares = [1, 0.7 ** (1 / 3), 0.7 ** (2 / 3)]
     assert planned.MAX_ITER == pytest.approx(200 * sum(shares), abs=1.5)
@@ -153,7 +159,7 @@ def test_the_plan_shortens_the_run_and_moves_its_learning_rate_steps():
     assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (600, (450, 550))
 
 
-def test_every_stage_reads_its_own_images_only(digits):
+def test_every_period_reads_its_own_images_only(digits):
     cfg = tiny_cfg("FasterRCNN", ["SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 9])
     cfg.KD.ENABLED = cfg.KD.KCD.ENABLED = True
     cfg.KD.KCD.RHO, cfg.KD.KCD.PERIOD, cfg.KD.KCD.POOL = 0.3, 3, "active"
@@ -161,10 +167,13 @@ def test_every_stage_reads_its_own_images_only(digits):
 
     def trained(world, workers):
         cfg.DATALOADER.NUM_WORKERS = workers
-        condensations = [build_condensation(cfg, len(dataset)) for _ in range(world)]
+        procedures = [
+            build_procedures(cfg, lambda: TrainingSet(len(dataset))) for _ in range(world)
+        ]
+        condensations = [kcd.condensation for (kcd,) in procedures]
         loaders = [
             iter(train_loader(cfg, dataset, 3, 0, rank, world, own))
-            for rank, own in enumerate(condensations)
+            for rank, own in enumerate(procedures)
         ]
         seen = []
         for _ in range(condensations[0].planned_steps()):
@@ -176,7 +185,7 @@ def test_every_stage_reads_its_own_images_only(digits):
                 values = torch.tensor(images) / 10
                 own.update(torch.tensor(images), values)
                 own.step()
-        assert condensations[0].stage == 2
+        assert condensations[0].current_period == 2
         assert [len(b) for b in batches] == [2 // world] * world
         return seen
 
@@ -191,31 +200,33 @@ KCD = ["KD.KCD.PERIOD", "2", "KD.KCD.RHO", "0.4", "SOLVER.MAX_ITER", "8", "SOLVE
 def test_an_interrupted_run_selects_what_the_uninterrupted_one_does(digits_config, tmp_path):
     results = run(digits_config("kcd_frcnn", *KCD), progress=lambda *_: None)
     whole = torch.load(tmp_path / "run" / "last.ckpt", weights_only=False)
-    kcd = whole["kcd"]
-    assert kcd["stage"] == len(kcd["lengths"]) - 1 == 3
+    kcd = whole["procedures"]["KCD"]
+    assert kcd["current_period"] == len(kcd["lengths"]) - 1 == 3
     assert len(kcd["active"]) == kcd["counts"][3] < 6
     assert whole["global_step"] == sum(kcd["lengths"]) < 8
     # What was measured is what was counted: two images in every iteration.
     assert int(kcd["ledger"]["count"].sum()) == 2 * sum(kcd["lengths"])
-    assert results["kcd"]["cost_measured"] == pytest.approx(100 * sum(kcd["lengths"]) / 8)
+    assert results["cost"]["measured"] == pytest.approx(100 * sum(kcd["lengths"]) / 8)
     formula = sum(0.4 ** (t / 4) for t in (1, 2, 3, 4)) / 4
-    assert results["kcd"]["cost_formula"] == pytest.approx(100 * formula)
+    assert results["cost"]["formula"] == pytest.approx(100 * formula)
     assert results["bbox"].keys() >= {"AP"}
     lines = (tmp_path / "run" / "metrics.json").read_text().splitlines()
-    assert json.loads(lines[-1])["kcd/cost_measured"] == results["kcd"]["cost_measured"]
+    metrics = {k: v for line in lines for k, v in json.loads(line).items()}
+    assert {k: metrics[f"cost/{k}"] for k in ("formula", "measured")} == results["cost"]
+    assert metrics["kcd/images"] == len(kcd["active"])
 
-    # Switched off within a stage, and at its end.
+    # Switched off within a period, and at its end.
     cfg = digits_config("kcd_frcnn", *KCD, output="again")
     for after in (2, 5):
         with pytest.raises(ConnectionError):
             run(cfg, resume=after > 2, callbacks=[Stop(after)], progress=lambda *_: None)
     resumed = run(cfg, resume=True, progress=lambda *_: None)
-    assert resumed["kcd"] == results["kcd"]
+    assert resumed["cost"] == results["cost"]
     theirs = torch.load(tmp_path / "again" / "last.ckpt", weights_only=False)
     for key in ("active", "partners", "epsilons"):
-        assert torch.equal(theirs["kcd"][key], kcd[key]), key
+        assert torch.equal(theirs["procedures"]["KCD"][key], kcd[key]), key
     for key, value in kcd["ledger"].items():
-        assert torch.equal(theirs["kcd"]["ledger"][key], value), key
+        assert torch.equal(theirs["procedures"]["KCD"]["ledger"][key], value), key
     for key, value in whole["state_dict"].items():
         assert torch.equal(theirs["state_dict"][key], value), key
 

@@ -107,7 +107,7 @@ def test_two_processes_end_with_equal_weights(options, tmp_path):
         "from tests.hosts.torchvision_detection.test_train import config\n"
         "class Save(Callback):\n"
         "    def on_train_end(self, trainer, module):\n"
-        "        state = module.state_dict(), module.condensation.state_dict()\n"
+        "        state = module.state_dict(), module.procedures.state_dict()['procedures']\n"
         "        torch.save(state, f'{sys.argv[1]}/{trainer.global_rank}.pth')\n"
         "r = run(config(sys.argv[2:]), callbacks=[Save()], progress=lambda *_: None)\n"
         "open(f\"{sys.argv[1]}/{os.environ['RANK']}.txt\", 'w').write(str(r))\n"
@@ -122,6 +122,7 @@ def test_two_processes_end_with_equal_weights(options, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     loaded = (torch.load(tmp_path / f"{rank}.pth", weights_only=False) for rank in (0, 1))
     (first, kcd), (second, other) = loaded
+    kcd, other = kcd["KCD"], other["KCD"]
     network = {k for k in first if k.startswith("distiller.terms.graph.network.")}
     own = network | {k for k in first if "running_" not in k and "num_batches" not in k}
     assert any(k.startswith("distiller.terms.hint.") for k in own)
@@ -130,7 +131,7 @@ def test_two_processes_end_with_equal_weights(options, tmp_path):
     assert all(torch.equal(first[k], second[k]) for k in own)
     # Every process counts the images of both, and all select the same ones.
     assert int(kcd["ledger"]["count"].sum()) == 2 * sum(kcd["lengths"])
-    assert kcd["stage"] == 1
+    assert kcd["current_period"] == 1
     for key in ("active", "partners", "epsilons"):
         assert torch.equal(kcd[key], other[key])
     assert (tmp_path / "run" / "pre_stage.pth").is_file()

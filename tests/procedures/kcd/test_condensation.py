@@ -179,7 +179,7 @@ def test_nothing_happens_after_the_last_period():
     kcd = Condensation(SIZE, 0.5, 2, 6)
     condensed = [run_epoch(kcd, epoch) is not None for epoch in range(8)]
     assert condensed == [False, True, False, True, False, False, False, False]
-    assert kcd.stage == 2
+    assert kcd.current_period == 2
     assert kcd.end_of_period() is None
 
 
@@ -255,7 +255,7 @@ def test_a_resumed_run_makes_the_same_selections(killed):
         assert second.recipes == whole.recipes
         run_epoch(whole, epoch)
         run_epoch(second, epoch)
-    assert whole.stage == second.stage == 3
+    assert whole.current_period == second.current_period == 3
     assert torch.equal(whole.ledger.sum, second.ledger.sum)
     assert whole.measured_cost() == second.measured_cost()
 
@@ -268,14 +268,14 @@ def test_the_state_survives_a_checkpoint_file(tmp_path):
     other = make()
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert other.recipes == kcd.recipes != {}
-    assert (other.stage, other.position) == (1, 1)
+    assert (other.current_period, other.position) == (1, 1)
 
 
 def test_a_state_that_does_not_fit_is_refused_naming_both(refuses):
     state = make().state_dict()
     with refuses("a ledger of 41 points", "one of 40 points"):
         make(41).load_state_dict(state)
-    with refuses("stage counts, [40, 39,", "[40, 34,"):
+    with refuses("period counts, [40, 39,", "[40, 34,"):
         make(rho=0.9).load_state_dict(state)
     with refuses("stage lengths, [6, 6, 6, 6]", "[3, 3, 3, 3]"):
         make(period=6, total=24).load_state_dict(state)

@@ -150,7 +150,7 @@ def test_a_new_stage_begins_its_own_stream():
 def test_stages_of_the_same_points_draw_other_orders():
     kcd = make(rho=1.0, batch=4, period=50, total=200)
     first = take(InfiniteSubsetSampler(kcd, rank=0, world=1), SIZE)
-    kcd.stage = 1
+    kcd.current_period = 1
     assert take(InfiniteSubsetSampler(kcd, rank=0, world=1), SIZE) != first
 
 

@@ -9,14 +9,44 @@ share belongs to it. The booster is trained beside it and left behind at deploym
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from kd_det.core.errors import check_known, fail
+from kd_det.procedures.base import BOOSTER, Procedure, register
+
+if TYPE_CHECKING:
+    from fvcore.common.config import CfgNode
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+
+
+@register
+class Joint(Procedure):
+    """A booster beside the student instead of a frozen teacher; the host builds and trains both."""
+
+    name = "JOINT"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "ENABLED": False,
+        "NAME": "",  # the booster, a model as in MODEL.NAME
+        "SHARED": [],  # modules that both nets have, such as [conv1, bn1, relu, layer1.0]
+        # True: shared convolutions run twice, each path with its own norms, as in the reference.
+        "SEPARATE_NORM": False,
+    }
+    needs = frozenset({BOOSTER})
+    in_training = False
+
+    @classmethod
+    def check(cls, cfg: CfgNode, offers: frozenset[str]) -> None:
+        if not cfg.KD.JOINT.NAME:
+            fail(
+                expected="KD.JOINT.NAME to name the booster",
+                received="''",
+                remedy="give a model such as resnet32, or set KD.JOINT.ENABLED False",
+            )
 
 
 class Booster(nn.Module):

@@ -16,13 +16,16 @@ from detectron2.data.detection_utils import read_image
 from detectron2.engine.hooks import HookBase
 
 from kd_det.data.digits.detection import DigitsSpec, write_digits
-from kd_det.hosts.detection.kcd import StageLoader
 from kd_det.hosts.detectron2 import get_cfg
-from kd_det.hosts.detectron2.blending import BlendMapper
-from kd_det.hosts.detectron2.condensed import CondensedRun, OrientedSampler, check_kcd
+from kd_det.hosts.detectron2.procedures import (
+    ChangingMapper,
+    ProcedureLoader,
+    TrainingData,
+    check_run_procedures,
+)
 from kd_det.hosts.detectron2.trainer import Trainer
 from kd_det.procedures.kcd.condensation import Condensation
-from kd_det.procedures.kcd.sampler import InfiniteSubsetSampler
+from kd_det.procedures.kcd.sampler import GroupedSampler, InfiniteSubsetSampler
 from tests.hosts.detectron2.models import write_teacher
 from tests.hosts.detectron2.runs import Interrupt, Stop, small_cfg, train
 
@@ -32,6 +35,10 @@ IMAGES, BATCH, PERIOD, TOTAL = 8, 2, 4, 12
 LOOK = {"look": {"LOSS": "AT", "MODE": "paper", "TAPS": ["p2", "p3"]}}
 
 
+def places(batch):
+    return [image["kd_index"] for image in batch]
+
+
 class Watch(HookBase):
     """What was trained on, iteration by iteration."""
 
@@ -39,7 +46,7 @@ class Watch(HookBase):
         self.seen = []
 
     def after_step(self):
-        self.seen.append(tuple(self.trainer.data_loader.indices))
+        self.seen.append(tuple(places(self.trainer.data_loader.batch)))
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +71,11 @@ def make_cfg(data, tmp_path):
         return small_cfg(images, teacher, LOOK, tmp_path / folder, *own, *opts)
 
     return make
+
+
+def condensation(data):
+    (kcd,) = data.procedures
+    return kcd.condensation
 
 
 def final(cfg):
@@ -93,9 +105,11 @@ def test_an_interrupted_and_resumed_run_ends_as_the_uninterrupted_one(make_cfg, 
     assert first.seen[:3] + second.seen == watch.seen
     ours, theirs = final(parts), final(whole)
     assert_same(ours["model"], theirs["model"])
-    assert_same(ours["trainer"]["hooks"]["Condense"], theirs["trainer"]["hooks"]["Condense"])
-    state = ours["trainer"]["hooks"]["Condense"]["condensation"]
-    assert state["stage"] == 2
+    assert_same(
+        ours["trainer"]["hooks"]["ProcedureHook"], theirs["trainer"]["hooks"]["ProcedureHook"]
+    )
+    state = ours["trainer"]["hooks"]["ProcedureHook"]["procedures"]["KCD"]
+    assert state["current_period"] == 2
     assert len(state["active"]) == state["counts"][2] < IMAGES
     assert (state["partners"] >= 0).any()
     metrics = map(json.loads, (tmp_path / "parts/metrics.json").read_text().splitlines())
@@ -105,14 +119,14 @@ def test_an_interrupted_and_resumed_run_ends_as_the_uninterrupted_one(make_cfg, 
     lengths = [4, 3, 2]  # 4 * 5/8 = 2.5 rounds to even
     assert state["lengths"] == lengths
     assert len(watch.seen) == sum(lengths)
-    assert last["kcd/cost_measured"] == pytest.approx(100 * sum(lengths) / TOTAL)
+    assert last["cost/measured"] == pytest.approx(100 * sum(lengths) / TOTAL)
     expected = 100 * (0.5 ** (1 / 3) + 0.5 ** (2 / 3) + 0.5) / 3
-    assert last["kcd/cost_formula"] == pytest.approx(expected)
+    assert last["cost/formula"] == pytest.approx(expected)
 
 
 def test_learning_rate_steps_move_with_the_run(make_cfg):
     cfg = make_cfg("plan")
-    solver = CondensedRun(cfg).cfg.SOLVER
+    solver = TrainingData(cfg).cfg.SOLVER
     # Step 6 is the middle of the second stage, which takes 3 iterations instead of 4; 11 would be
     # the very last one of the third.
     assert (solver.MAX_ITER, solver.STEPS, solver.WARMUP_ITERS) == (9, (6,), 2)
@@ -123,42 +137,42 @@ def test_without_kd_there_is_no_kcd(make_cfg):
     cfg = make_cfg("plain", "KD.ENABLED", False)
     trainer = Trainer(cfg)
     assert trainer.max_iter == TOTAL
-    assert not isinstance(trainer.data_loader, StageLoader)
+    assert not isinstance(trainer.data_loader, ProcedureLoader)
 
 
 def test_resuming_with_another_plan_is_refused(make_cfg, refuses):
     with pytest.raises(Stop):
         train(make_cfg("parts"), Interrupt(after=3))
-    with refuses("stage counts", "remedy: resume with the same rho"):
+    with refuses("period counts", "remedy: resume with the same rho"):
         train(make_cfg("parts", "KD.KCD.RHO", 0.9), resume=True)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_processes_change_neither_order_nor_stage(make_cfg, workers):
-    kcd = CondensedRun(make_cfg("loader"))
-    loader = kcd.build_loader(make_cfg("loader", "DATALOADER.NUM_WORKERS", workers))
-    state, seen = kcd.condensation, []
+    data = TrainingData(make_cfg("loader"))
+    loader = data.build_loader(make_cfg("loader", "DATALOADER.NUM_WORKERS", workers))
+    state, seen = condensation(data), []
     for batch in islice(loader, 6):
-        assert [image["kd_index"] for image in batch] == loader.indices
-        seen += loader.indices
-        state.update(torch.tensor(loader.indices), torch.tensor(loader.indices).double())
+        assert batch is loader.batch
+        seen += (indices := places(batch))
+        state.update(torch.tensor(indices), torch.tensor(indices).double())
         state.step()
-    assert state.stage == 1
-    # The first pass visits every image once; then only those of the new stage are seen.
+    assert state.current_period == 1
+    # The first pass visits every image once; then only those of the new period are seen.
     assert sorted(seen[:IMAGES]) == list(range(IMAGES))
     assert set(seen[IMAGES:]) <= set(state.active.tolist())
-    sampler = InfiniteSubsetSampler(CondensedRun(make_cfg("loader")).condensation, kcd.seed)
+    again = TrainingData(make_cfg("loader"))
+    sampler = InfiniteSubsetSampler(condensation(again), data.seed)
     assert seen[:IMAGES] == list(islice(sampler, IMAGES))
 
 
-class TestOrientedSampler:
+class TestGroupedSampler:
     WIDE = torch.tensor([True, False, True, True, False, True, True, False, True, False])
 
     def batches(self, position, rank=0, world=1, count=8):
         state = Condensation(10, rho=0.5, period=40, total=80, batch=2 * world)
         state.position = position
-        sampler = OrientedSampler(state, 3, self.WIDE)
-        sampler.rank, sampler.world = rank, world
+        sampler = GroupedSampler(state, 3, self.WIDE, rank, world)
         stream = islice(sampler, 2 * count)
         return list(zip(stream, stream, strict=True))
 
@@ -186,13 +200,15 @@ class TestBlends:
     def blended(self, make_cfg):
         """A mapper without augmentation whose image 0 is blended with a part of image 1."""
         cfg = make_cfg("blend", "INPUT.RANDOM_FLIP", "none")
-        kcd = CondensedRun(cfg)
-        kcd.condensation.partners[0], kcd.condensation.epsilons[0] = 1, 0.2
+        data = TrainingData(cfg)
+        state = condensation(data)
+        state.partners[0], state.epsilons[0] = 1, 0.2
 
         def make(mode="convex"):
-            kcd.condensation.blend = mode
+            state.blend = mode
             mapper = DatasetMapper(cfg, True)
-            return BlendMapper(mapper, kcd._dataset, kcd.condensation, "kd_index"), kcd._dataset
+            change = data.procedures.image_change()
+            return ChangingMapper(mapper, data.dataset, change), data.dataset
 
         return make, cfg
 
@@ -227,7 +243,7 @@ class TestBlends:
 
         path = tmp_path / "grey.png"
         cv2.imwrite(str(path), np.full((20, 50, 3), 100, dtype=np.uint8))
-        mapper._dataset = [dataset[0], {"file_name": str(path)}]
+        mapper.dataset = [dataset[0], {"file_name": str(path)}]
         image = read_image(dataset[0]["file_name"], "BGR").astype(np.float64)
         expected = np.rint(0.8 * image + 20).transpose(2, 0, 1)
         assert np.abs(mapper(dataset[0])["image"].numpy() - expected).max() <= 1
@@ -236,7 +252,7 @@ class TestBlends:
         make, _ = blended
         mapper, dataset = make()
         before = mapper(dataset[0])["image"].clone()
-        mapper._partners[0] = -1
+        mapper.change.partners[0] = -1
         assert not torch.equal(mapper(dataset[0])["image"], before)
 
 
@@ -257,11 +273,11 @@ def test_what_kcd_cannot_do_here_is_refused_before_anything_is_read(opts, named,
     cfg = get_cfg()
     cfg.merge_from_list(["MODEL.META_ARCHITECTURE", "DistilledRCNN", "KD.KCD.ENABLED", True, *opts])
     with refuses(named):
-        check_kcd(cfg)
+        check_run_procedures(cfg)
 
 
 def test_a_data_set_of_another_length_is_refused(make_cfg, refuses):
-    state = CondensedRun(make_cfg("short")).condensation
+    state = condensation(TrainingData(make_cfg("short")))
     other = Condensation(IMAGES + 1, rho=0.5, period=PERIOD, total=TOTAL, batch=BATCH)
     with refuses(f"a ledger of {IMAGES} points", f"{IMAGES + 1} points"):
         state.load_state_dict(other.state_dict())
