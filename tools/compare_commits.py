@@ -287,7 +287,10 @@ def differences(old: Path, new: Path) -> list[str]:
 
 
 def weights(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """A checkpoint without the states of Detectron2's hooks, whose names have changed."""
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    content.get("trainer", {}).pop("hooks", None)
+    return content
 
 
 def equal(one: Any, other: Any) -> bool:

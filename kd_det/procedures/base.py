@@ -266,6 +266,18 @@ def add_procedures(cfg: CfgNode, offers: frozenset[str]) -> None:
             cfg.KD[procedure.name] = type(cfg)(copy.deepcopy(dict(procedure.defaults)))
 
 
+def refuse_unsupported(key: str) -> None:
+    """Raise KDError for an unknown key if it is that of a procedure the host does not support."""
+    node, _, rest = key.partition(".")
+    name = rest.partition(".")[0]
+    if node == "KD" and name in PROCEDURES:
+        fail(
+            expected="procedures that the HOST of this config supports",
+            received=f"'{key}', whose procedure needs {', '.join(sorted(PROCEDURES[name].needs))}",
+            remedy="remove the key, or use another HOST, such as classification",
+        )
+
+
 def active_procedures(cfg: CfgNode) -> list[type[Procedure]]:
     """The procedures that a run has."""
     # The config of a plain student may have no nodes at all.

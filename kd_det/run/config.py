@@ -12,7 +12,7 @@ from fvcore.common.config import CfgNode
 from kd_det.balance import build_balance
 from kd_det.core.errors import KDError, check_known, fail, nearest
 from kd_det.core.terms import Term, parse_terms
-from kd_det.procedures.base import add_procedures
+from kd_det.procedures.base import add_procedures, refuse_unsupported
 from kd_det.run.yaml_files import config_path, load_yaml, merge_file
 
 HOSTS = ("detectron2", "torchvision_detection", "classification")
@@ -211,6 +211,7 @@ def _explain(error: Exception, known: list[str]) -> None:
     message = str(error.args[0]) if error.args else str(error)
     if "Non-existent" in message:
         key = message.rpartition(": ")[2].strip("'\"")
+        refuse_unsupported(key)
         # Suggest what stands beside the first wrong part of the key.
         wrong = key
         while not (siblings := [k for k in known if _parent(k) == _parent(wrong)]):

@@ -24,10 +24,12 @@ from kd_det.hosts.detectron2.procedures import (
     check_run_procedures,
 )
 from kd_det.hosts.detectron2.trainer import Trainer
+from kd_det.procedures import PROCEDURES
 from kd_det.procedures.kcd.condensation import Condensation
 from kd_det.procedures.kcd.sampler import GroupedSampler, InfiniteSubsetSampler
 from tests.hosts.detectron2.models import write_teacher
 from tests.hosts.detectron2.runs import Interrupt, Stop, small_cfg, train
+from tests.procedures.toy import Halve
 
 pytestmark = pytest.mark.detectron2
 
@@ -281,3 +283,43 @@ def test_a_data_set_of_another_length_is_refused(make_cfg, refuses):
     other = Condensation(IMAGES + 1, rho=0.5, period=PERIOD, total=TOTAL, batch=BATCH)
     with refuses(f"a ledger of {IMAGES} points", f"{IMAGES + 1} points"):
         state.load_state_dict(other.state_dict())
+
+
+def test_a_new_procedure_takes_one_object_and_one_config(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(PROCEDURES, "HALVE", Halve)
+    images, teacher = data
+
+    def cfg(folder):
+        return small_cfg(images, teacher, LOOK, tmp_path / folder, "KD.HALVE.ENABLED", True)
+
+    watch = Watch()
+    results = train(cfg("whole"), watch)
+    assert results == {"cost": {"formula": 50.0, "measured": 50.0}}
+    assert [len(batch) for batch in watch.seen] == [1] * 4
+    lines = (tmp_path / "whole" / "metrics.json").read_text().splitlines()
+    metrics = {name: value for line in lines for name, value in json.loads(line).items()}
+    assert metrics["cost/formula"] == metrics["cost/measured"] == 50.0
+    assert metrics["halve/trained"] == 4
+    with pytest.raises(Stop):
+        train(cfg("parts"), Interrupt(after=3))
+    train(cfg("parts"), resume=True)
+    state = final(cfg("parts"))["trainer"]["hooks"]["ProcedureHook"]["procedures"]
+    assert state == {"HALVE": {"loaded": 8, "trained": 4, "steps": 4}}
+
+
+def test_a_checkpoint_of_a_former_version_is_resumed(make_cfg, tmp_path):
+    cfg = make_cfg("old")
+    with pytest.raises(Stop):
+        train(cfg, Interrupt(after=5))
+    path = tmp_path / "old" / (tmp_path / "old" / "last_checkpoint").read_text()
+    checkpoint = torch.load(path, weights_only=False)
+    hooks = checkpoint["trainer"]["hooks"]
+    hook = hooks.pop("ProcedureHook")
+    state = hook.pop("procedures")["KCD"]
+    state["stage"] = state.pop("current_period")
+    hooks["Condense"] = {"condensation": state, "seed": hook["seed"]}
+    torch.save(checkpoint, path)
+    train(cfg, resume=True)
+    whole = make_cfg("whole")
+    train(whole)
+    assert_same(final(cfg)["model"], final(whole)["model"])

@@ -277,7 +277,7 @@ def test_a_state_that_does_not_fit_is_refused_naming_both(refuses):
         make(41).load_state_dict(state)
     with refuses("period counts, [40, 39,", "[40, 34,"):
         make(rho=0.9).load_state_dict(state)
-    with refuses("stage lengths, [6, 6, 6, 6]", "[3, 3, 3, 3]"):
+    with refuses("period lengths, [6, 6, 6, 6]", "[3, 3, 3, 3]"):
         make(period=6, total=24).load_state_dict(state)
 
 
