@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -131,6 +131,28 @@ class Table:
         """Whether all cells of a column are numbers or stand for none; they align to the right."""
         cells = [row[column].text for row in self.rows]
         return any(cells) and all(map(_NUMBER.fullmatch, cells))
+
+
+def table_of(
+    title: str,
+    heading: str,
+    names: Sequence[str],
+    columns: Mapping[str, Sequence[str | Cell]],
+    note: str = "",
+) -> Table:
+    """A table from the names of its rows and its columns; columns without any entry are left out.
+
+    Cells without an entry are empty or ``–``.
+    """
+    rows = [row(*cells) for cells in zip(*columns.values(), strict=True)]
+    kept = [k for k in range(len(columns)) if any(r[k].text not in ("", "–") for r in rows)]
+    headings = list(columns)
+    return Table(
+        title,
+        [heading, *(headings[k] for k in kept)],
+        [row(name, *(r[k] for k in kept)) for name, r in zip(names, rows, strict=True)],
+        note,
+    )
 
 
 @dataclass(frozen=True)

@@ -12,51 +12,41 @@ import torch
 Item = TypeVar("Item")
 
 
-def now(device: str) -> float:
-    """Seconds on a clock that has waited for the device."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 class Stopwatch:
     """The total time of blocks, of which each ends when the device has finished its work."""
 
     def __init__(self, device: str) -> None:
         self.device = device
         self.seconds = 0.0
-        self.blocks = 0
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Count the time of the block."""
-        start = now(self.device)
+        start = self._now()
         try:
             yield
         finally:
-            self.seconds += now(self.device) - start
-            self.blocks += 1
+            self.seconds += self._now() - start
 
-    @property
-    def mean(self) -> float:
-        """Seconds per block; 0 before the first."""
-        return self.seconds / self.blocks if self.blocks else 0.0
+    def _now(self) -> float:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
-def timed(work: Callable[[], Item], device: str, long: float = 1.0) -> tuple[Item, float]:
-    """The result of ``work``, and its seconds in a second call.
+def timed(work: Callable[[], object], device: str, long: float = 1.0) -> float:
+    """Seconds of ``work`` in a second call, as first calls are slower.
 
-    First calls are slower, most of all on a GPU. One of more than ``long`` seconds on a CPU counts
-    itself.
+    On a CPU, a first call of more than ``long`` seconds counts itself.
     """
     watch = Stopwatch(device)
     with watch.running():
-        result = work()
-    if device.startswith("cuda") or watch.seconds < long:
+        work()
+    if watch.seconds < long or device.startswith("cuda"):
         watch = Stopwatch(device)
         with watch.running():
-            result = work()
-    return result, watch.seconds
+            work()
+    return watch.seconds
 
 
 def within(items: Iterable[Item], seconds: float, at_least: int = 1) -> Iterator[Item]:

@@ -13,7 +13,7 @@ from kd_det.bench.workbench import Side, latency, macs, side_model
 from kd_det.preflight.budget import Stopwatch, timed
 from kd_det.preflight.context import Context
 from kd_det.preflight.findings import Section, counted
-from kd_det.preflight.steps import Steps
+from kd_det.preflight.inputs import entry
 
 _PARTS = ("data", "student", "teacher", "losses", "backward")
 # A forward in half precision can take minutes on a CPU without instructions for it.
@@ -51,12 +51,8 @@ def inspect_cost(section: Section, context: Context) -> None:
         )
     iterations = context.bench.iterations()
     hours = iterations * iteration / 3600
-    section.data |= {
-        "seconds": seconds,
-        "iteration": iteration,
-        "hours": hours,
-        "memory_mib": steps.memory,
-    }
+    section.data |= {"seconds": seconds, "iteration": iteration, "hours": hours}
+    section.data["memory_mib"] = steps.memory
     kind = "of GPU memory" if context.device.startswith("cuda") else "of this process's memory"
     section.note(
         f"{hours:,.{'2g' if hours < 10 else '0f'}} hours for {iterations:,} iterations on this "
@@ -66,7 +62,7 @@ def inspect_cost(section: Section, context: Context) -> None:
         f"peak {kind} in a step of {counted(steps.images, 'image')}: {steps.memory:,.0f} MiB"
     )
     if context.bench.teacher is not None:
-        _savings(section, context, steps, seconds)
+        _savings(section, context, seconds)
     _models(section, context)
 
 
@@ -81,9 +77,7 @@ def iteration_seconds(seconds: Mapping[str, float], workers: int) -> float:
     return max(compute, seconds["data"] / workers) if workers else compute + seconds["data"]
 
 
-def _savings(
-    section: Section, context: Context, steps: Steps, seconds: Mapping[str, float]
-) -> None:
+def _savings(section: Section, context: Context, seconds: Mapping[str, float]) -> None:
     workers = context.cfg.DATALOADER.NUM_WORKERS
     iteration = iteration_seconds(seconds, workers)
     # Less computation saves little where an iteration waits for the loader.
@@ -93,7 +87,7 @@ def _savings(
         f"without teacher and losses an iteration would take {alone:.3f} instead of "
         f"{iteration:.3f} seconds ({1 - alone / iteration:.0%} less)"
     )
-    ratio, dtype = _half_precision(context, steps)
+    ratio, dtype = _half_precision(context)
     section.data["half_precision"] = ratio
     if ratio is None:
         return
@@ -113,13 +107,12 @@ def _savings(
         )
 
 
-def _half_precision(context: Context, steps: Steps) -> tuple[float | None, str]:
+def _half_precision(context: Context) -> tuple[float | None, str]:
     """Time of the teacher's backbone in half precision relative to full, and the dtype's name."""
-    x = steps.teacher_input
+    x = context.steps.teacher_input if context.steps else None
     if x is None:
         return None, ""
-    model: Any = side_model(context.bench, "teacher")
-    part = getattr(model, "backbone", model)
+    part = entry(side_model(context.bench, "teacher"))
     on_gpu = context.device.startswith("cuda")
     dtype = torch.float16 if on_gpu else torch.bfloat16
     if not on_gpu:
@@ -127,7 +120,7 @@ def _half_precision(context: Context, steps: Steps) -> tuple[float | None, str]:
 
     def seconds(enabled: bool) -> float:
         with evaluating(part), torch.autocast(x.device.type, dtype, enabled=enabled):
-            return timed(lambda: part(x), context.device, _LONG)[1]
+            return timed(lambda: part(x), context.device, _LONG)
 
     return seconds(True) / seconds(False), str(dtype).removeprefix("torch.")
 

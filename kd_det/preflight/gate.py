@@ -20,7 +20,7 @@ from kd_det.core.files import replace_text, writable_folder
 from kd_det.document.page import html
 from kd_det.document.terminal import print_block, print_section
 from kd_det.preflight.context import Settings
-from kd_det.preflight.findings import Preflight, Section
+from kd_det.preflight.findings import Preflight
 from kd_det.preflight.run import run_preflight
 from kd_det.run.folder import PREFLIGHT
 
@@ -55,14 +55,14 @@ def preflight(
     try:
         with console.status("") as status, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-
-            def begin(title: str) -> None:
-                status.update(f"{title} ...")
-
-            def done(section: Section) -> None:
-                print_section(console, section.shown())
-
-            report = run_preflight(cfg, settings, output / PICTURE, begin, done, remark)
+            report = run_preflight(
+                cfg,
+                settings,
+                output / PICTURE,
+                lambda title: status.update(f"{title} ..."),
+                lambda section: print_section(console, section.shown()),
+                remark,
+            )
     finally:
         logging.disable(disabled)
         # Training may follow in this process.

@@ -109,6 +109,12 @@ def alternatives(own: PixelInput, student: PixelInput) -> dict[str, PixelInput]:
     return distinct
 
 
+def entry(model: nn.Module) -> nn.Module:
+    """The module that gets the normalised images: a detector's backbone, a classifier itself."""
+    module: nn.Module = getattr(model, "backbone", model)  # type: ignore[assignment]
+    return module
+
+
 @contextmanager
 def sees(model: nn.Module, own: PixelInput, other: PixelInput) -> Iterator[None]:
     """Within the block, ``model`` gets its images as if ``other`` were configured.
@@ -118,7 +124,6 @@ def sees(model: nn.Module, own: PixelInput, other: PixelInput) -> Iterator[None]
         own: the configured input.
         other: the one in its place.
     """
-    entry: nn.Module = getattr(model, "backbone", model)  # type: ignore[assignment]
     mine, theirs = _in_255(own), _in_255(other)
 
     def change(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -134,7 +139,7 @@ def sees(model: nn.Module, own: PixelInput, other: PixelInput) -> Iterator[None]
         filled = (x != 0).any(dim=1, keepdim=True)
         return (torch.where(filled, (pixels - new_mean) / new_std, x), *args[1:])
 
-    handle = entry.register_forward_pre_hook(change)
+    handle = entry(model).register_forward_pre_hook(change)
     try:
         yield
     finally:

@@ -23,16 +23,8 @@ from kd_det.preflight.taps import inspect_taps
 from kd_det.preflight.teacher import inspect_teacher
 from kd_det.preflight.terms import inspect_terms
 
-BUILD, TEACHER, CLASSES, TAPS, TERMS, COST, EXPORT = TITLES = (
-    "Build",
-    "Teacher",
-    "Class lists",
-    "Taps",
-    "Terms",
-    "Cost",
-    "Export",
-)
-_NEEDS_STEPS = (TAPS, TERMS, COST)
+BUILD = "Build"
+_NEEDS_STEPS = ("Taps", "Terms", "Cost")
 _STEPS = 0.35  # of Settings.seconds
 _PASSES = 3  # forwards that take as long as a forward and its backward pass
 
@@ -131,7 +123,9 @@ def _steps(context: Context) -> Steps:
     bench, settings = context.bench, context.settings
     whole = int(bench.cfg.SOLVER.IMS_PER_BATCH)
     seconds = settings.seconds * _STEPS
-    images = affordable(whole, _seconds_per_image(context), seconds, at_least=_fewest(context))
+    # BatchNorm needs more than the 1x1 maps of one image of a classifier.
+    fewest = 1 if hasattr(bench.student, "backbone") else min(2, whole)
+    images = affordable(whole, _seconds_per_image(context), seconds, at_least=fewest)
     while True:
         try:
             return take_steps(bench, settings.batches, images, seconds)
@@ -141,12 +135,6 @@ def _steps(context: Context) -> Steps:
                 raise
             images //= 2
             torch.cuda.empty_cache()
-
-
-def _fewest(context: Context) -> int:
-    """Fewest images of a step: BatchNorm needs more than the 1x1 maps of one classifier image."""
-    whole = int(context.cfg.SOLVER.IMS_PER_BATCH)
-    return 1 if hasattr(context.bench.student, "backbone") else min(2, whole)
 
 
 def _seconds_per_image(context: Context) -> float:
@@ -162,7 +150,7 @@ def _seconds_per_image(context: Context) -> float:
             fail(expected="training images", received="none", remedy="correct DATASETS.TRAIN")
         image = bench.pictures(batch)[0]
         predict = partial(bench.predict, side, image)
-        context.seconds_per_image[side] = timed(predict, context.device)[1]
+        context.seconds_per_image[side] = timed(predict, context.device)
     return sum(count * context.seconds_per_image[side] for side, count in passes.items())
 
 
@@ -179,10 +167,11 @@ def inspect_export(section: Section, context: Context) -> None:
 
 
 _INSPECT: dict[str, Callable[[Section, Context], None]] = {
-    TEACHER: inspect_teacher,
-    CLASSES: inspect_classes,
-    TAPS: inspect_taps,
-    TERMS: inspect_terms,
-    COST: inspect_cost,
-    EXPORT: inspect_export,
+    "Teacher": inspect_teacher,
+    "Class lists": inspect_classes,
+    "Taps": inspect_taps,
+    "Terms": inspect_terms,
+    "Cost": inspect_cost,
+    "Export": inspect_export,
 }
+TITLES = (BUILD, *_INSPECT)

@@ -5,9 +5,12 @@ No weight changes.
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from kd_det.balance.shares import TASK, gradient_norms
 from kd_det.bench.looks import evaluating
 from kd_det.bench.workbench import Workbench
 from kd_det.preflight.budget import Stopwatch, within
+from kd_det.preflight.inputs import entry
 from kd_det.run.devices import peak_memory
 
 _LOSS_SCALE = 1024.0  # of half-precision losses in the step's backward pass, as in training
@@ -102,15 +106,12 @@ def take_steps(bench: Workbench, batches: int, images: int, seconds: float) -> S
     """
     watch = _Watch(bench)
     result = Steps(images)
-    loading = Stopwatch("cpu")
-    for batch in within(_timed(bench.batches(), loading), seconds):
-        result.steps.append(watch.step(_first(batch, images), loading.mean))
+    loaded = itertools.islice(_loaded(bench.batches()), batches)
+    for batch, loading in within(loaded, seconds):
+        result.steps.append(watch.step(_first(batch, images), loading))
         result.memory = max(result.memory, watch.memory)
         if len(result.steps) == 1:
             watch.describe(result)
-        loading = _restart(loading)
-        if len(result.steps) == batches:
-            break
     return result
 
 
@@ -119,8 +120,7 @@ def shared_parameters(student: nn.Module) -> list[nn.Parameter]:
 
     A classifier has no part of that name; there it is all of them.
     """
-    part = getattr(student, "backbone", student)
-    return [p for p in part.parameters() if p.requires_grad]
+    return [p for p in entry(student).parameters() if p.requires_grad]
 
 
 def shared_name(student: nn.Module) -> str:
@@ -156,22 +156,18 @@ class _Watch:
             (torch.stack([loss.float() for loss in losses.values()]).sum() * self._scale).backward()
         self.memory = max(peak, peak_memory(self.device))
         bench.model.zero_grad(set_to_none=True)
-        forward = watches["forward"].seconds
-        apart = {name: watches[name].seconds for name in ("teacher", "losses")}
-        return Step(
-            task,
-            norm,
-            terms,
-            {
-                "data": loading,
-                "student": forward - sum(apart.values()),
-                **apart,
-                "backward": backward.seconds,
-            },
-        )
+        teacher, distiller = watches["teacher"].seconds, watches["losses"].seconds
+        parts = {
+            "data": loading,
+            "student": watches["forward"].seconds - teacher - distiller,
+            "teacher": teacher,
+            "losses": distiller,
+            "backward": backward.seconds,
+        }
+        return Step(task, norm, terms, parts)
 
     def describe(self, result: Steps) -> None:
-        """Shapes, and the operations of the losses, of the step that has just been taken."""
+        """Add shapes, and operations of the losses, of the last step."""
         result.entered = tuple(self._entered["student"].shape)
         result.teacher_input = self._entered.get("teacher")
         distiller = self.bench.distiller
@@ -220,63 +216,45 @@ class _Watch:
 
     @contextmanager
     def _hooks(self, watches: Mapping[str, Stopwatch]) -> Iterator[None]:
-        bench = self.bench
-        with ExitStack() as stack:
-            stack.enter_context(self._entering("student", bench.student))
-            if bench.teacher is not None:
-                stack.enter_context(self._entering("teacher", bench.teacher.model))
-                stack.enter_context(bench.teacher.observed(watches["teacher"].running))
-            if bench.distiller is not None:
-                stack.enter_context(bench.distiller.full_weights())
-                stack.enter_context(self._watched_distiller(bench.distiller, watches["losses"]))
-            yield
+        """Keep the inputs of both models and of the distiller; time the latter and the teacher."""
+        bench, timing = self.bench, ExitStack()
 
-    @contextmanager
-    def _entering(self, side: str, model: Any) -> Iterator[None]:
-        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def keep(side: str, module: nn.Module, args: tuple[Any, ...]) -> None:
             self._entered[side] = args[0].detach()
 
-        handle = getattr(model, "backbone", model).register_forward_pre_hook(keep)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    @contextmanager
-    def _watched_distiller(self, distiller: Any, watch: Stopwatch) -> Iterator[None]:
-        stack: list[Any] = []
-
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._inputs = (args, kwargs)
-            stack.append(watch.running())
-            stack[-1].__enter__()
+            self._inputs = args, kwargs
+            timing.enter_context(watches["losses"].running())
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            stack.pop().__exit__(None, None, None)
+            timing.close()
 
-        handles = [
-            distiller.register_forward_pre_hook(before, with_kwargs=True),
-            distiller.register_forward_hook(after),
-        ]
-        try:
-            yield
-        finally:
+        with ExitStack() as stack:
+            models = {"student": bench.student}
+            if bench.teacher is not None:
+                models["teacher"] = bench.teacher.model
+                stack.enter_context(bench.teacher.observed(watches["teacher"].running))
+            handles = [
+                entry(model).register_forward_pre_hook(partial(keep, side))
+                for side, model in models.items()
+            ]
+            if bench.distiller is not None:
+                stack.enter_context(bench.distiller.full_weights())
+                handles.append(bench.distiller.register_forward_pre_hook(before, with_kwargs=True))
+                handles.append(bench.distiller.register_forward_hook(after))
             for handle in handles:
-                handle.remove()
+                stack.callback(handle.remove)
+            yield
 
 
-def _timed(batches: Iterator[Any], watch: Stopwatch) -> Iterator[Any]:
+def _loaded(batches: Iterator[Any]) -> Iterator[tuple[Any, float]]:
+    """Batches, each with the seconds until it was loaded."""
     while True:
-        with watch.running():
-            batch = next(batches, None)
+        start = time.perf_counter()
+        batch = next(batches, None)
         if batch is None:
             return
-        yield batch
-
-
-def _restart(watch: Stopwatch) -> Stopwatch:
-    watch.seconds, watch.blocks = 0.0, 0
-    return watch
+        yield batch, time.perf_counter() - start
 
 
 def _first(batch: Any, images: int) -> Any:

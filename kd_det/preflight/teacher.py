@@ -10,19 +10,11 @@ import torch
 from kd_det.bench.workbench import PixelInput, Side, parameters, side_model
 from kd_det.core.checkpoint import read_weights
 from kd_det.document.blocks import Picture
+from kd_det.preflight import inputs
 from kd_det.preflight.answers import Answer, answer, draw_answers, examples, truth_confidence
 from kd_det.preflight.budget import Stopwatch, affordable, within
 from kd_det.preflight.context import Context
 from kd_det.preflight.findings import Section, counted
-from kd_det.preflight.inputs import (
-    Better,
-    alternatives,
-    describe,
-    find_better,
-    numbers,
-    oddities,
-    sees,
-)
 from kd_det.run.class_names import translation
 from kd_det.run.record import sha256
 
@@ -38,13 +30,12 @@ _SIDES: tuple[Side, Side] = ("teacher", "student")
 
 def inspect_teacher(section: Section, context: Context) -> None:
     """Fill the section."""
-    bench = context.bench
-    if bench.teacher is None:
+    if context.bench.teacher is None:
         section.note("the run has no frozen teacher")
         return
     rows = _describe(section, context)
     for side in _SIDES:
-        for oddity in oddities(bench.pixel_input(side)):
+        for oddity in inputs.oddities(context.bench.pixel_input(side)):
             section.warn(f"{side}: {oddity}")
     try:
         seconds = _predict(section, context)
@@ -56,31 +47,28 @@ def inspect_teacher(section: Section, context: Context) -> None:
 def _describe(section: Section, context: Context) -> list[tuple[str, ...]]:
     bench, node = context.bench, context.bench.cfg.KD.TEACHER
     counts = [parameters(side_model(bench, side)) for side in _SIDES]
-    inputs = [bench.pixel_input(side) for side in _SIDES]
-    rows: list[tuple[str, ...]] = [
+    pixels = [bench.pixel_input(side) for side in _SIDES]
+    section.data["parameters"] = dict(zip(_SIDES, counts, strict=True))
+    return [
         ("config", node.CONFIG_FILE, ""),
-        ("weights", *_weights(context)),
+        ("weights", _weights(node.WEIGHTS), _weights(bench.cfg.MODEL.WEIGHTS)),
         ("keys loaded", _coverage(section, context), ""),
         ("parameters", *(f"{count:,}" for count in counts)),
-        ("channel order", *(i.order for i in inputs)),
-        ("mean", *(numbers(i.mean) for i in inputs)),
-        ("std", *(numbers(i.std) for i in inputs)),
-        ("pixel values", *(f"0..{i.scale:g}" for i in inputs)),
-        ("padded to multiples of", *(str(i.divisor) for i in inputs)),
+        ("channel order", *(x.order for x in pixels)),
+        ("mean", *(inputs.numbers(x.mean) for x in pixels)),
+        ("std", *(inputs.numbers(x.std) for x in pixels)),
+        ("pixel values", *(f"0..{x.scale:g}" for x in pixels)),
+        ("padded to multiples of", *(str(x.divisor) for x in pixels)),
     ]
-    section.data["parameters"] = dict(zip(_SIDES, counts, strict=True))
-    return rows
 
 
-def _weights(context: Context) -> tuple[str, str]:
-    texts = []
-    for value in (context.bench.cfg.KD.TEACHER.WEIGHTS, context.bench.cfg.MODEL.WEIGHTS):
-        path = Path(value)
-        if value and path.is_file():
-            size = path.stat().st_size / 2**20
-            value = f"{value} ({size:,.1f} MiB, sha256 {sha256(path)[:_SHORT_HASH]})"
-        texts.append(value or "random")
-    return texts[0], texts[1]
+def _weights(value: str) -> str:
+    """A path, address or name, of a file with its size and hash."""
+    path = Path(value)
+    if not value or not path.is_file():
+        return value or "random"
+    size = path.stat().st_size / 2**20
+    return f"{value} ({size:,.1f} MiB, sha256 {sha256(path)[:_SHORT_HASH]})"
 
 
 def _coverage(section: Section, context: Context) -> str:
@@ -127,9 +115,10 @@ def _predict(section: Section, context: Context) -> float:
         draw_answers(context.examples[shown], context.answers[shown], *names, context.picture)
         text = "Training images with their annotation and with the predictions of the teacher"
         section.picture = Picture(context.picture.name, context.picture.read_bytes(), text)
-    if not context.shares_classes:  # the teacher has no output for any true class
-        return watch.mean
     number = len(context.answers)
+    each = watch.seconds / number
+    if not context.shares_classes:  # the teacher has no output for any true class
+        return each
     sure = float(truth_confidence(context.answers, context.indices).mean())
     section.data |= {"confidence": sure, "asked_images": number}
     section.note(
@@ -137,8 +126,8 @@ def _predict(section: Section, context: Context) -> float:
         f"(0..1, {counted(number, 'training image')})"
     )
     if bench.cfg.KD.TEACHER.WEIGHTS:
-        _try_inputs(section, context, watch.mean, count)
-    return watch.mean
+        _try_inputs(section, context, each, count)
+    return each
 
 
 def _try_inputs(section: Section, context: Context, each: float, count: int) -> None:
@@ -147,17 +136,17 @@ def _try_inputs(section: Section, context: Context, each: float, count: int) -> 
     if len(own.mean) != _RGB or indices is None:
         return
     seconds = context.settings.seconds * _TRY
-    others = list(alternatives(own, bench.pixel_input("student")).items())
+    others = list(inputs.alternatives(own, bench.pixel_input("student")).items())
     # The first ones are the most likely: the other channel order, the student's input.
     others = others[: affordable(len(others), each, seconds)]
     model = side_model(bench, "teacher")
     tried: dict[str, tuple[PixelInput, list[Answer]]] = {what: (x, []) for what, x in others}
     for example in within(context.examples, seconds):
         for pixels, answers in tried.values():
-            with sees(model, own, pixels):
+            with inputs.sees(model, own, pixels):
                 answers.append(answer(bench, "teacher", example, count))
     number = len(tried[others[0][0]][1])
-    better = find_better(context.answers[:number], tried, indices)
+    better = inputs.find_better(context.answers[:number], tried, indices)
     if better is None:
         section.ok(
             f"the teacher is most confident under its own input: {len(tried)} others tried on "
@@ -170,37 +159,39 @@ def _try_inputs(section: Section, context: Context, each: float, count: int) -> 
     _report_better(section, context, better)
 
 
-def _report_better(section: Section, context: Context, better: Better) -> None:
+def _report_better(section: Section, context: Context, better: inputs.Better) -> None:
     bench = context.bench
     own = bench.pixel_input("teacher")
-    keys = [key for key in ("FORMAT",) if bench.teacher_cfg and key in bench.teacher_cfg.INPUT]
+    has_format = bench.teacher_cfg is not None and "FORMAT" in bench.teacher_cfg.INPUT
     only_order = (own.mean, own.std) == (better.pixels.mean, better.pixels.std)
-    if only_order and not keys:
+    if only_order and not has_format:
         remedy = (
             "this host's images are RGB: reverse the input channels of the first convolution in "
             "its weights"
         )
     else:
-        wrong = ["INPUT.FORMAT"] if keys and own.order != better.pixels.order else []
+        wrong = ["INPUT.FORMAT"] if has_format and own.order != better.pixels.order else []
         wrong += [] if only_order else ["MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"]
         remedy = f"correct {', '.join(wrong)} in {bench.cfg.KD.TEACHER.CONFIG_FILE}"
-    text = (
-        f"the teacher's weights were not trained on the pixels it gets. Its mean confidence in the "
-        f"true class of an object is {better.own:.2f} as configured ({describe(own)}) and "
-        f"{better.other:.2f} with {better.what} ({describe(better.pixels)}); {remedy}"
-    )
     section.data["better_input"] = {
         "what": better.what,
         "configured": better.own,
         "other": better.other,
     }
-    (section.error if better.clear else section.warn)(text)
+    (section.error if better.clear else section.warn)(
+        "the teacher's weights were not trained on the pixels it gets. Its mean confidence in the "
+        f"true class of an object is {better.own:.2f} as configured ({inputs.describe(own)}) and "
+        f"{better.other:.2f} with {better.what} ({inputs.describe(better.pixels)}); {remedy}"
+    )
 
 
 def _evaluate(section: Section, context: Context, each: float) -> list[tuple[str, ...]]:
     bench, settings = context.bench, context.settings
     floor = float(bench.cfg.KD.TEACHER.MIN_AP)
-    if obstacle := _obstacle(context):
+    obstacle = "" if bench.cfg.DATASETS.TEST else "DATASETS.TEST is empty"
+    if not obstacle and not context.shares_classes:
+        obstacle = "the teacher has none of the student's classes"
+    if obstacle:
         section.note(f"nothing is evaluated: {obstacle}")
         if floor:
             section.error(f"KD.TEACHER.MIN_AP {floor:g} cannot be checked: {obstacle}")
@@ -222,8 +213,8 @@ def _evaluate(section: Section, context: Context, each: float) -> list[tuple[str
         )
     elif bench.cfg.KD.TEACHER.WEIGHTS and not teacher >= _POOR:
         section.warn(
-            f"the teacher's {name} on {images} is {teacher:.1f}: it is not better than "
-            "an untrained model"
+            f"the teacher's {name} on {images} is {teacher:.1f}: it is not better than an "
+            "untrained model"
         )
     if bench.cfg.KD.TEACHER.WEIGHTS and scores["student"] > teacher:
         section.warn(
@@ -232,15 +223,6 @@ def _evaluate(section: Section, context: Context, each: float) -> list[tuple[str
         )
     texts = [f"{score:.1f}" for score in scores.values()]
     return [(f"{name} on {images} (%)", *texts)]
-
-
-def _obstacle(context: Context) -> str:
-    """Why the sides cannot be evaluated; empty if they can."""
-    if not context.bench.cfg.DATASETS.TEST:
-        return "DATASETS.TEST is empty"
-    if not context.shares_classes:
-        return "the teacher has none of the student's classes"
-    return ""
 
 
 def _score(context: Context, side: Side, images: int) -> tuple[str, float]:

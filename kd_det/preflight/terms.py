@@ -18,43 +18,34 @@ def inspect_terms(section: Section, context: Context) -> None:
     if bench.distiller is None or steps is None:
         section.note("the run has no distillation")
         return
-    names = list(bench.distiller.terms)
-    found = steps.steps
-    norms = {name: _mean([_finite(step.terms[name].norm) for step in found]) for name in names}
-    task = _mean([_finite(step.task_norm) for step in found])
+    names, taken, shared = list(bench.distiller.terms), steps.steps, shared_name(bench.student)
+    norms = {name: _mean([_finite(step.terms[name].norm) for step in taken]) for name in names}
+    task = _mean([_finite(step.task_norm) for step in taken])
     total = _sum([task, *norms.values()])
-    rows = [
-        (name, _number(_mean([step.task[name] for step in found])), "", "", "", "", "")
-        for name in found[0].task
+    rows: list[tuple[str, ...]] = [
+        (name, _number(_mean([step.task[name] for step in taken])), "", "", "", "", "")
+        for name in taken[0].task
     ]
     rows.append(("task", "", "", "", _number(task), "", _percent(task, total)))
     for name in names:
-        values = [step.terms[name] for step in found]
+        values, norm = [step.terms[name] for step in taken], norms[name]
         raw, weight = _mean([v.raw for v in values]), values[0].weight
-        norm = norms[name]
-        rows.append(
-            (
-                name,
-                _number(raw),
-                f"{weight:g}",
-                _number(None if raw is None else raw * weight),
-                _number(norm),
-                _number(_mean([v.cosine for v in values])),
-                _percent(norm, total),
-            )
-        )
+        weighted = None if raw is None else raw * weight
+        cosine = _mean([v.cosine for v in values])
+        texts = _number(raw), f"{weight:g}", *map(_number, (weighted, norm, cosine))
+        rows.append((name, *texts, _percent(norm, total)))
         section.data[name] = {"raw": raw, "weight": weight, "norm": norm}
         if norm is not None and total:
             section.data[name]["share"] = norm / total
     share = task / total if total and task is not None else None
     section.data["task"] = {"norm": task, "share": share}
     section.table(
-        f"Means over {_batches(found)} of {counted(steps.images, 'image')}, schedules at full "
-        f"weight; gradients on {shared_name(bench.student)}, cosines with the task's",
+        f"Means over {_batches(taken)} of {counted(steps.images, 'image')}, schedules at full "
+        f"weight; gradients on {shared}, cosines with the task's",
         ("loss", "raw", "weight", "weighted", "gradient", "cosine", "share"),
         rows,
     )
-    _judge_task(section, context)
+    _judge_task(section, taken, shared)
     dominant = {name for name in names if total and (norms[name] or 0.0) > _TOO_MUCH * total}
     for name in names:
         # A term is judged without the dominant ones: beside them every share is too small.
@@ -79,16 +70,14 @@ def proposed_weight(weight: float, norm: float, total: float, share: float) -> f
     return share / (1 - share) * (total - norm) / (norm / weight)
 
 
-def _judge_task(section: Section, context: Context) -> None:
-    assert context.steps is not None
-    steps = context.steps.steps
+def _judge_task(section: Section, steps: Sequence[Step], shared: str) -> None:
     broken = {
         f"loss '{name}'": [step.task[name] for step in steps if not math.isfinite(step.task[name])]
         for name in steps[0].task
     }
     if not any(broken.values()):
-        gradient = f"gradient on {shared_name(context.bench.student)}"
-        broken = {gradient: [s.task_norm for s in steps if not math.isfinite(s.task_norm)]}
+        norms = [step.task_norm for step in steps if not math.isfinite(step.task_norm)]
+        broken = {f"gradient on {shared}": norms}
     for what, values in broken.items():
         if values:
             section.error(
@@ -99,57 +88,49 @@ def _judge_task(section: Section, context: Context) -> None:
 
 def _judge(section: Section, context: Context, name: str, norm: float | None, total: float) -> None:
     assert context.steps is not None
-    steps = context.steps.steps
+    steps, shared = context.steps.steps, shared_name(context.bench.student)
     values = [step.terms[name] for step in steps]
-    shared = shared_name(context.bench.student)
     broken = [v for v in values if None in (_finite(v.raw), _finite(v.norm))]
     if broken:
         section.error(
             f"term '{name}' is not finite: {_reason(broken[0], shared)} on {len(broken)} of "
             f"{_batches(steps)}, and training would stop there or learn nothing"
         )
-        return
-    assert norm is not None
-    if all(v.weight == 0 for v in values):
+    elif all(v.weight == 0 for v in values):
         section.warn(f"term '{name}' is off: its weight is 0")
-        return
-    if all(v.raw == 0 for v in values):
+    elif all(v.raw == 0 for v in values):
         section.warn(
             f"term '{name}' is exactly zero on all of {_batches(steps)}: its taps have no rows to "
             "compare (no boxes, no positives), or both sides are equal"
         )
-        return
-    if norm == 0:
+    elif norm == 0:
         section.warn(
-            f"term '{name}' has a value but no gradient on {shared}: "
-            "its taps lie behind what is trained, or the student's part is detached"
+            f"term '{name}' has a value but no gradient on {shared}: its taps lie behind what is "
+            "trained, or the student's part is detached"
         )
-        return
-    _judge_share(section, context, name, norm, total)
+    elif norm is not None and _is_comparable(context, name, norm, total):
+        share, wanted, weight = norm / total, context.settings.share, values[0].weight
+        where = f"of the gradient on {shared} with its WEIGHT {weight:g}"
+        proposal = proposed_weight(weight, norm, total, wanted)
+        advice = f"KD.TERMS.{name}.WEIGHT {proposal:.3g} would give it {wanted:.0%}"
+        if share > _TOO_MUCH:
+            section.warn(f"term '{name}' dominates all others: {share:.1%} {where}; {advice}")
+        elif share < _TOO_LITTLE:
+            section.warn(f"term '{name}' has hardly any effect: {share:.1g} {where}; {advice}")
 
 
-def _judge_share(section: Section, context: Context, name: str, norm: float, total: float) -> None:
-    distiller = context.bench.distiller
+def _is_comparable(context: Context, name: str, norm: float, total: float) -> bool:
+    """Whether the share of a term's gradient is one to judge its weight by."""
     assert context.steps is not None
-    assert distiller is not None
-    cfg, share = context.bench.cfg, norm / total
-    term = next(t for t in distiller.specs if t.name == name)
+    assert context.bench.distiller is not None
+    term = next(t for t in context.bench.distiller.specs if t.name == name)
     # A share of the term's own gradient alone, or of one that is not finite, is meaningless.
     alone = norm == total or not all(math.isfinite(s.task_norm) for s in context.steps.steps)
     # A balance changes the weights, a clip limits the gradient, and a network of a pre-stage is
     # still random.
-    managed = cfg.KD.BALANCE.NAME in ("gradient_share", "gradnorm", "uncertainty")
-    if alone or managed or term.clip != "none" or name in context.bench.pre_stage:
-        return
-    wanted = context.settings.share
-    weight = context.steps.steps[0].terms[name].weight
-    proposal = proposed_weight(weight, norm, total, wanted)
-    where = f"of the gradient on {shared_name(context.bench.student)} with its WEIGHT {weight:g}"
-    advice = f"KD.TERMS.{name}.WEIGHT {proposal:.3g} would give it {wanted:.0%}"
-    if share > _TOO_MUCH:
-        section.warn(f"term '{name}' dominates all others: {share:.1%} {where}; {advice}")
-    elif share < _TOO_LITTLE:
-        section.warn(f"term '{name}' has hardly any effect: {share:.1g} {where}; {advice}")
+    balance = context.bench.cfg.KD.BALANCE.NAME
+    managed = balance in ("gradient_share", "gradnorm", "uncertainty") or term.clip != "none"
+    return not (alone or managed or name in context.bench.pre_stage)
 
 
 def _batches(steps: Sequence[Step]) -> str:
@@ -170,8 +151,7 @@ def _reason(broken: TermValues, shared: str) -> str:
 
 def _mean(values: Sequence[float | None]) -> float | None:
     """None where a value is missing."""
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if len(known) == len(values) and known else None
+    return None if None in values else _sum(values) / len(values)
 
 
 def _sum(norms: Sequence[float | None]) -> float:

@@ -92,15 +92,11 @@ def _write(document: Document, folder: Path) -> None:
 
 def _measure(study: Study, progress: Progress) -> list[Measured]:
     task = progress.add_task("measuring models", total=None)
-
-    def done(label: str, total: int) -> None:
-        progress.update(task, advance=1, total=total)
-
-    measured = measure_all(study, done)
+    measured = measure_all(
+        study, lambda label, total: progress.update(task, advance=1, total=total)
+    )
     study.problems += [
-        Problem(
-            ", ".join(group.label for group in m.groups), f"its cost was not measured: {m.failure}"
-        )
+        Problem(m.label, f"its cost was not measured: {m.failure}")
         for m in measured
         if m.cost is None
     ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from kd_det.core.errors import fail
-from kd_det.document.blocks import Block, Gallery, Picture, Table, Text, row
+from kd_det.document.blocks import Block, Gallery, Picture, Table, Text, row, table_of
 from kd_det.document.detections import jpeg
 
 SHOWN = 8  # images in each direction
@@ -88,6 +88,11 @@ def answer_blocks(
     """
     (baseline, alone), (label, own), *_ = answers.items()
     shared = [k for k in own if k in alone]
+
+    def caption(image: int) -> str:
+        shown = [f"{who}: {_shown(a, image, names)}" for who, a in answers.items()]
+        return f"{_name(own[image].target, names)}; {'; '.join(shown)}"
+
     counts = {
         "by both": sum(own[k].right and alone[k].right for k in shared),
         f"only by {label}": len(differing(own, alone)),
@@ -97,45 +102,26 @@ def answer_blocks(
     rows = [row(who, f"{number:,}") for who, number in counts.items()]
     blocks: list[Block] = [Table("Images named rightly", ["", "images"], rows)]
     for better, worse, name in ((label, baseline, "better"), (baseline, label, "worse")):
-        images = differing(answers[better], answers[worse])
         title = f"{better} right, {worse} wrong"
-        if pictures is not None:
-            images = [k for k in images if k < REACHABLE]
-        images = images[:SHOWN]
+        images = differing(answers[better], answers[worse])
+        images = [k for k in images if pictures is None or k < REACHABLE][:SHOWN]
         if not images:
             blocks.append(Text(f"{title}: no such image."))
         elif pictures is None:
-            blocks.append(_table(title, images, answers, names))
+            target = {str(k): _name(own[k].target, names) for k in images}
+            columns = {"true class": list(target.values())}
+            columns |= {who: [_shown(a, k, names) for k in images] for who, a in answers.items()}
+            note = "Those of the highest confidence of both."
+            blocks.append(table_of(title, "image", list(target), columns, note))
         else:
             drawn = pictures(max(images) + 1)
             shown = [
-                Picture(f"{name}_{at}.jpg", jpeg(drawn[k]), _caption(k, answers, names))
+                Picture(f"{name}_{at}.jpg", jpeg(drawn[k]), caption(k))
                 for at, k in enumerate(images)
             ]
             note = f"Of the first {REACHABLE:,} images, by the confidence of both."
             blocks.append(Gallery(title, [], [("", shown)], note))
     return blocks
-
-
-def _table(
-    title: str, images: Sequence[int], answers: Mapping[str, Answers], names: Sequence[str] | None
-) -> Table:
-    rows = [
-        row(
-            str(k),
-            _name(next(iter(answers.values()))[k].target, names),
-            *(_shown(own, k, names) for own in answers.values()),
-        )
-        for k in images
-    ]
-    return Table(
-        title, ["image", "true class", *answers], rows, "Those of the highest confidence of both."
-    )
-
-
-def _caption(image: int, answers: Mapping[str, Answers], names: Sequence[str] | None) -> str:
-    shown = [f"{label}: {_shown(own, image, names)}" for label, own in answers.items()]
-    return f"{_name(next(iter(answers.values()))[image].target, names)}; {'; '.join(shown)}"
 
 
 def _shown(answers: Answers, image: int, names: Sequence[str] | None) -> str:

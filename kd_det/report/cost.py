@@ -11,11 +11,11 @@ import torch
 
 from kd_det.bench.workbench import Workbench, latency, macs, open_workbench, parameters
 from kd_det.core.errors import fail
-from kd_det.document.blocks import Cell, Table, row
+from kd_det.document.blocks import Cell, Table, table_of
 from kd_det.hosts.base import load_config
 from kd_det.report.groups import TEACHER, Group, Study
 from kd_det.report.runs import Run, describe
-from kd_det.run.folder import CONFIG
+from kd_det.run.folder import CONFIG, FINAL
 
 # The keys of the deployed model and the size of its images.
 _DEPLOYED = ("HOST", "MODEL.", "INPUT.", "TEST.")
@@ -49,6 +49,11 @@ class Measured:
     groups: list[Group]
     cost: Cost | None
     failure: str = ""
+
+    @property
+    def label(self) -> str:
+        """The labels of all groups."""
+        return ", ".join(group.label for group in self.groups)
 
 
 def measure_all(study: Study, done: Callable[[str, int], None]) -> list[Measured]:
@@ -97,7 +102,7 @@ def open_plain(run: Run) -> Workbench:
         KDError: see :func:`kd_det.hosts.base.load_config` and
         :func:`kd_det.bench.workbench.open_workbench`.
     """
-    config, weights = run.file(CONFIG), run.weights()
+    config, weights = run.file(CONFIG), run.file(FINAL)
     if config is None or weights is None:
         fail(
             expected=f"{CONFIG} and final weights in {run.folder}",
@@ -111,57 +116,68 @@ def open_plain(run: Run) -> Workbench:
 
 
 def deployment_table(measured: Sequence[Measured]) -> Table:
-    """A row per different model: what it costs at inference."""
+    """A row per different model: its cost at inference, and the ratio of the teacher's to it."""
     teacher = next((m.cost for m in measured if m.groups[0].role == TEACHER), None)
-    rows = []
-    for entry in measured:
-        cells = [Cell("?", "muted")] * len(_DEPLOYMENT)
-        if entry.cost is not None:
-            other = teacher if entry.cost is not teacher else None
-            cells = [_beside(*column, entry.cost, other) for column in _DEPLOYMENT.values()]
-        rows.append(row(", ".join(group.label for group in entry.groups), *cells))
+
+    def column(value: Callable[[Cost], float], shown: Callable[[float], str]) -> list[Cell]:
+        cells = []
+        for cost in (m.cost for m in measured):
+            ratio = ""
+            if cost and teacher and cost is not teacher and value(cost):
+                ratio = f"teacher / {value(teacher) / value(cost):.1f}"
+            cells.append(Cell(shown(value(cost)), note=ratio) if cost else Cell("?", "muted"))
+        return cells
+
     devices = sorted({m.cost.device for m in measured if m.cost})
-    return Table(
+    return table_of(
         "At inference",
-        ["model", *_DEPLOYMENT],
-        rows,
-        note="The plain model, without the parts of a distillation: one validation image of the "
-        f"test size, median of ten forwards on {', '.join(devices) or 'no device'} of this "
-        "machine. GMACs are those of convolutions and matrix products.",
+        "model",
+        [m.label for m in measured],
+        {
+            "parameters": column(lambda c: c.parameters, count),
+            "GMACs": column(lambda c: c.macs / 1e9, "{:.3g}".format),
+            "weights, MB": column(lambda c: c.size / _MEGA, "{:.3g}".format),
+            "ms per image": column(lambda c: 1000 * c.seconds, "{:.3g}".format),
+        },
+        "The plain model, without the parts of a distillation: one validation image of the test "
+        f"size, median of ten forwards on {', '.join(devices) or 'no device'} of this machine. "
+        "GMACs are those of convolutions and matrix products.",
     )
 
 
 def training_table(study: Study) -> Table:
     """A row per configuration: time, memory and size of the weights."""
-    rows = []
-    for group in study.everything:
-        own, ratio = seconds(group), slowdown(study, group)
-        waits = _mean(group, lambda run: _median(run, "data_time"))
-        hours = _mean(group, _hours)
-        memory = _mean(group, lambda r: max(r.curves.get("max_mem", {}).values(), default=None))
-        learnt = _mean(group, lambda r: (r.record.get("parameters") or {}).get("adaptors"))
-        disk = _mean(group, lambda r: w.stat().st_size / _MEGA if (w := r.weights()) else None)
-        rows.append(
-            row(
-                group.label,
-                _number(own, "{:.3f}", f"× {ratio:.2f}" if ratio else ""),
-                _number(waits, "{:.3f}", f"{waits / own:.0%}" if waits and own else ""),
-                _number(hours, "{:.2f}"),
-                _number(memory, "{:,.0f}"),
-                "–" if learnt is None else count(learnt),
-                _number(disk, "{:.2f}"),
-            )
-        )
-    columns = [
-        *("model", "s per iteration", "of it data", "hours", "memory, MB"),
-        *("parameters of the losses", "model_final.pth, MB"),
-    ]
-    kept = [at for at in range(len(columns)) if at == 0 or any(r[at].text != "–" for r in rows)]
-    return Table(
+    groups = study.everything
+
+    def column(
+        measure: Callable[[Run], float | None],
+        shown: Callable[[float], str],
+        note: Callable[[Group, float], str] = lambda group, value: "",
+    ) -> list[Cell]:
+        values = [(group, _mean(group, measure)) for group in groups]
+        none = Cell("–", "muted")
+        return [none if v is None else Cell(shown(v), note=note(g, v)) for g, v in values]
+
+    def ratio(group: Group, value: float) -> str:
+        slower = slowdown(study, group)
+        return f"× {slower:.2f}" if slower else ""
+
+    def share(group: Group, value: float) -> str:
+        return f"{value / own:.0%}" if value and (own := seconds(group)) else ""
+
+    return table_of(
         "Training",
-        [columns[at] for at in kept],
-        [[r[at] for at in kept] for r in rows],
-        note="Medians over iterations, means over seeds, below them the ratio to the baseline. "
+        "model",
+        [group.label for group in groups],
+        {
+            "s per iteration": column(lambda r: _median(r, "time"), "{:.3f}".format, ratio),
+            "of it data": column(lambda r: _median(r, "data_time"), "{:.3f}".format, share),
+            "hours": column(_hours, "{:.2f}".format),
+            "memory, MB": column(_memory, "{:,.0f}".format),
+            "parameters of the losses": column(_learned, count),
+            f"{FINAL}, MB": column(_megabytes, "{:.2f}".format),
+        },
+        "Medians over iterations, means over seeds, below them the ratio to the baseline. "
         "Runs on different or busy machines do not compare.",
     )
 
@@ -198,18 +214,7 @@ def _deployed(group: Group) -> str:
 
 def _with_weights(groups: list[Group]) -> Run:
     runs = [run for group in groups for run in group.runs]
-    return next((run for run in runs if run.config and run.weights()), runs[0])
-
-
-def _beside(
-    value: Callable[[Cost], float], shown: Callable[[float], str], cost: Cost, other: Cost | None
-) -> Cell:
-    ratio = f"teacher / {value(other) / value(cost):.1f}" if other and value(cost) else ""
-    return Cell(shown(value(cost)), note=ratio)
-
-
-def _number(value: float | None, shown: str, note: str = "") -> Cell:
-    return Cell("–", "muted") if value is None else Cell(shown.format(value), note=note)
+    return next((run for run in runs if run.config and run.file(FINAL)), runs[0])
 
 
 def _mean(group: Group, measure: Callable[[Run], float | None]) -> float | None:
@@ -229,10 +234,14 @@ def _hours(run: Run) -> float | None:
     return statistics.mean(times.values()) * run.iterations / 3600
 
 
-# Column of the table to a value and its text.
-_DEPLOYMENT: dict[str, tuple[Callable[[Cost], float], Callable[[float], str]]] = {
-    "parameters": (lambda c: c.parameters, count),
-    "GMACs": (lambda c: c.macs / 1e9, "{:.3g}".format),
-    "weights, MB": (lambda c: c.size / _MEGA, "{:.3g}".format),
-    "ms per image": (lambda c: 1000 * c.seconds, "{:.3g}".format),
-}
+def _memory(run: Run) -> float | None:
+    return max(run.curves.get("max_mem", {}).values(), default=None)
+
+
+def _learned(run: Run) -> float | None:
+    return (run.record.get("parameters") or {}).get("adaptors")
+
+
+def _megabytes(run: Run) -> float | None:
+    weights = run.file(FINAL)
+    return weights.stat().st_size / _MEGA if weights else None

@@ -12,13 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from kd_det.core.errors import fail
-from kd_det.report.runs import Run, describe, read_run
+from kd_det.report.runs import MAIN, Run, describe, read_run
 from kd_det.report.stats import Gain, gain, recovered
 
 TEACHER, BASELINE, DISTILLED = "teacher", "baseline", "run"
-
-# The kinds of scores, each with the one that stands for it.
-MAIN = {"bbox": "AP", "segm": "AP", "accuracy": "top1"}
 
 # Keys that differ between seeds of one configuration.
 _OWN_KEYS = ("SEED", "SEEDS", "OUTPUT_DIR")
@@ -65,7 +62,7 @@ class Group:
 
     def config(self) -> dict[str, Any]:
         """The keys that all its seeds share."""
-        return comparable(self.runs[0])
+        return _comparable(self.runs[0])
 
 
 @dataclass
@@ -137,18 +134,13 @@ def collect(runs: Sequence[str], baseline: Sequence[str], teacher: Sequence[str]
         KDError: ``baseline``, ``teacher`` or all of ``runs`` name no folder.
     """
     study = Study()
-    folders = {
-        TEACHER: expand(teacher, study.problems),
-        BASELINE: expand(baseline, study.problems),
-        DISTILLED: expand(runs, study.problems),
-    }
-    for role, named in ((DISTILLED, runs), (BASELINE, baseline), (TEACHER, teacher)):
-        if named and not folders[role]:
+    named = {TEACHER: teacher, BASELINE: baseline, DISTILLED: runs}
+    folders = {role: _expand(names, study.problems) for role, names in named.items()}
+    for role, names in named.items():
+        if names and not folders[role]:
             fail(
-                expected="RUN to name a folder"
-                if role == DISTILLED
-                else f"--{role} to name a folder",
-                received=" ".join(named),
+                expected=f"{'RUN' if role == DISTILLED else f'--{role}'} to name a folder",
+                received=" ".join(names),
                 remedy="give the OUTPUT_DIR of a run that was started",
             )
     # A pattern may match them, too. A baseline may be the teacher of its own student.
@@ -159,18 +151,13 @@ def collect(runs: Sequence[str], baseline: Sequence[str], teacher: Sequence[str]
     study.baseline = _single(groups[BASELINE], study.problems)
     study.groups = groups[DISTILLED]
     _name(study.everything)
-    study.problems += [
-        Problem(
-            group.label,
-            "evaluated on other data than the baseline: nothing is computed from the difference",
-        )
-        for group in study.everything
-        if not study.on_same_data(group)
-    ]
+    what = "evaluated on other data than the baseline: nothing is computed from the difference"
+    other = [group for group in study.everything if not study.on_same_data(group)]
+    study.problems += [Problem(group.label, what) for group in other]
     return study
 
 
-def expand(named: Sequence[str], problems: list[Problem]) -> list[Path]:
+def _expand(named: Sequence[str], problems: list[Problem]) -> list[Path]:
     """The folders of single runs; a name without a folder is a problem."""
     folders: list[Path] = []
     for name in named:
@@ -180,14 +167,13 @@ def expand(named: Sequence[str], problems: list[Problem]) -> list[Path]:
         if not paths:
             problems.append(Problem(name, "no such folder"))
         for path in paths:
-            seeds = [
-                p for p in path.glob("seed_*") if _SEED_FOLDER.fullmatch(p.name) and p.is_dir()
-            ]
+            inside = [p for p in path.glob("seed_*") if p.is_dir()]
+            seeds = [p for p in inside if _SEED_FOLDER.fullmatch(p.name)]
             folders += sorted(seeds, key=lambda p: int(p.name.split("_")[1])) or [path]
     return list(dict.fromkeys(folders))
 
 
-def comparable(run: Run) -> dict[str, Any]:
+def _comparable(run: Run) -> dict[str, Any]:
     """The config without :data:`_OWN_KEYS`; paths inside the run's own folder are relative."""
     # A stage may start from the weights of the stage before, in the same run folder.
     own = str(run.config.get("OUTPUT_DIR", run.last))
@@ -210,9 +196,9 @@ def _grouped(role: str, folders: Sequence[Path], problems: list[Problem]) -> lis
         except Exception as error:
             problems.append(Problem(str(folder), describe(error)))
             continue
-        key = json.dumps(comparable(run), sort_keys=True, default=str)
         # A run without a config cannot be compared, and is a group of its own.
-        key = key if run.config else str(folder)
+        config = json.dumps(_comparable(run), sort_keys=True, default=str)
+        key = config if run.config else str(folder)
         groups.setdefault(key, Group(role, [])).runs.append(run)
     return list(groups.values())
 
@@ -221,13 +207,11 @@ def _single(groups: list[Group], problems: list[Problem]) -> Group | None:
     if len(groups) > 1:
         first, *others = groups
         left_out = ", ".join(str(run.folder) for group in others for run in group.runs)
-        problems.append(
-            Problem(
-                f"--{first.role}",
-                f"names {len(groups)} configurations; that of {first.runs[0].folder} is the "
-                f"{first.role}, left out: {left_out}",
-            )
+        what = (
+            f"names {len(groups)} configurations; that of {first.runs[0].folder} is the "
+            f"{first.role}, left out: {left_out}"
         )
+        problems.append(Problem(f"--{first.role}", what))
     return groups[0] if groups else None
 
 

@@ -21,8 +21,8 @@ Curves = dict[str, dict[int, float]]
 
 _TRACES = (CONFIG, RECORD, METRICS, RESULTS, FINAL)
 _NAMED_LINES = 5  # of those that cannot be read
-# Scores in metrics.json, by the first part of their name; the others are losses, times and rates.
-KINDS = ("bbox", "segm", "accuracy")
+# The kinds of scores by the first part of their names, each with the one that stands for it.
+MAIN = {"bbox": "AP", "segm": "AP", "accuracy": "top1"}
 # Entries of run.json that have parts; git and teacher may be null.
 _ENTRIES: dict[str, type | tuple[type, ...]] = {
     "starts": list,
@@ -139,12 +139,10 @@ class Run:
         curves = self.earlier.get(stage, {}) if stage else self.curves
         return {curve_tag(name, self.terms): points for name, points in curves.items()}
 
-    def weights(self) -> Path | None:
-        """The final weights, if there are any."""
-        for folder in (self.folder, self.last):
-            if (folder / FINAL).is_file():
-                return folder / FINAL
-        return None
+    def take(self, scores: Mapping[str, float], source: str) -> None:
+        """Add scores, or replace them by better ones, with the file that they are from."""
+        self.scores |= scores
+        self.sources |= dict.fromkeys((name.split("/")[0] for name in scores), source)
 
     def file(self, name: str | Path) -> Path | None:
         """A file of the last stage or of the run itself."""
@@ -243,7 +241,7 @@ def percentages(results: Any, test: Sequence[str] = ()) -> dict[str, float]:
     return {
         name.replace(".", "/", 1): float(value)
         for name, value in values.items()
-        if name.split(".")[0] in KINDS
+        if name.split(".")[0] in MAIN
         and isinstance(value, (int, float))
         and value == value  # not NaN
     }
@@ -252,17 +250,13 @@ def percentages(results: Any, test: Sequence[str] = ()) -> dict[str, float]:
 def _read_results(run: Run) -> None:
     if path := run.file(RESULTS):
         try:
-            run.scores = percentages(json.loads(path.read_bytes()), run.test_sets)
-            run.sources = _sources(run.scores, RESULTS)
+            run.take(percentages(json.loads(path.read_bytes()), run.test_sets), RESULTS)
         except ValueError as error:
             run.problems.append(f"{RESULTS} is not JSON ({error})")
     if not run.scores:
-        run.scores = {
-            name: list(points.values())[-1]
-            for name, points in run.curves.items()
-            if name.split("/")[0] in KINDS
-        }
-        run.sources = _sources(run.scores, f"the last evaluation in {METRICS}")
+        scores = {k: c for k, c in run.curves.items() if k.split("/")[0] in MAIN}
+        last = {name: list(points.values())[-1] for name, points in scores.items()}
+        run.take(last, f"the last evaluation in {METRICS}")
 
 
 def _curves(run: Run, path: Path) -> Curves:
@@ -272,10 +266,6 @@ def _curves(run: Run, path: Path) -> Curves:
     # Of several test sets the names begin with that of the set; the first counts.
     first = f"{run.test_sets[0]}/" if len(run.test_sets) > 1 else ""
     return {name.removeprefix(first): points for name, points in curves.items()}
-
-
-def _sources(scores: Mapping[str, float], source: str) -> dict[str, str]:
-    return dict.fromkeys((name.split("/")[0] for name in scores), source)
 
 
 def _stage_number(path: Path) -> int:

@@ -185,8 +185,7 @@ def _take(run: Run, measured: Mapping[str, float], source: str) -> None:
                 f"its saved predictions give {name} {now:.2f}, its {earlier} {before:.2f}: they "
                 "are of different evaluations; the former are shown"
             )
-    run.scores |= measured
-    run.sources |= dict.fromkeys((name.split("/")[0] for name in measured), source)
+    run.take(measured, source)
 
 
 def _paths(config: Mapping[str, Any], name: str) -> tuple[Path, Path]:

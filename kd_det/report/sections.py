@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from kd_det.document.blocks import Block, Cell, Figure, Table, Text, Tone, row
+from kd_det.document.blocks import Block, Cell, Figure, Table, Text, Tone, row, table_of
 from kd_det.report.cost import Measured, deployment_table, training_table
-from kd_det.report.groups import MAIN, Group, Problem, Study
+from kd_det.report.groups import Group, Problem, Study
 from kd_det.report.plots import dots, panels
-from kd_det.report.runs import Run
+from kd_det.report.runs import MAIN, Run
 from kd_det.report.stats import Gain, spread
 from kd_det.report.summary import LABELS, Headline, facts, sentences
 from kd_det.run.curves import GROUPS
@@ -104,26 +104,20 @@ def differences(study: Study) -> list[Block]:
 
 def runs(study: Study) -> list[Block]:
     """Seed, state and origin of every run, as far as they are recorded."""
-    columns: dict[str, Callable[[Run], str]] = {
-        "seed": lambda run: "" if run.seed is None else str(run.seed),
-        "state": lambda run: run.state,
-        "scores from": lambda run: ", ".join(dict.fromkeys(run.sources.values())),
-        "versions": _versions,
-        "commit": _commit,
-        "started": _started,
-        "starts": lambda run: str(len(run.record.get("starts", [])) or ""),
-        "teacher's sha256": lambda run: str((run.record.get("teacher") or {}).get("sha256") or "")[
-            :12
+    columns = {
+        "seed": ["" if run.seed is None else str(run.seed) for run in study.runs],
+        "state": [run.state for run in study.runs],
+        "scores from": [", ".join(dict.fromkeys(run.sources.values())) for run in study.runs],
+        "versions": [_versions(run) for run in study.runs],
+        "commit": [_commit(run) for run in study.runs],
+        "started": [_started(run) for run in study.runs],
+        "starts": [str(len(run.record.get("starts", [])) or "") for run in study.runs],
+        "teacher's sha256": [
+            str((run.record.get("teacher") or {}).get("sha256") or "")[:12] for run in study.runs
         ],
-        "command": lambda run: " ".join(map(str, run.record.get("command", []))),
+        "command": [" ".join(map(str, run.record.get("command", []))) for run in study.runs],
     }
-    cells = {name: [text(run) for run in study.runs] for name, text in columns.items()}
-    shown = [name for name, column in cells.items() if any(column)]
-    rows = [
-        row(str(run.folder), *(cells[name][at] for name in shown))
-        for at, run in enumerate(study.runs)
-    ]
-    return [Table("Runs", ["folder", *shown], rows)]
+    return [table_of("Runs", "folder", [str(run.folder) for run in study.runs], columns)]
 
 
 def problems(study: Study) -> list[Block]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from kd_det.document.blocks import Facts, Text
 from kd_det.report.cost import Cost, Measured, count, slowdown
-from kd_det.report.groups import MAIN, TEACHER, Group, Study
+from kd_det.report.groups import TEACHER, Group, Study
+from kd_det.report.runs import MAIN
 from kd_det.report.stats import Gain, spread
 
 LABELS = {"bbox/AP": "box AP", "segm/AP": "mask AP", "accuracy/top1": "top-1 accuracy"}

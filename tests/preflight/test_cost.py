@@ -20,7 +20,7 @@ SECONDS = {"data": 0.8, "student": 0.1, "teacher": 0.2, "losses": 0.05, "backwar
 def look(monkeypatch):
     """``look(workers)``: the section for steps of 2 of 8 images that took SECONDS."""
     monkeypatch.setattr(cost, "_models", lambda section, context: None)
-    monkeypatch.setattr(cost, "_half_precision", lambda context, steps: (0.5, "float16"))
+    monkeypatch.setattr(cost, "_half_precision", lambda context: (0.5, "float16"))
 
     def make(workers):
         section = Section("Cost")
