@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from kd_det import LOSSES
+from kd_det import LOSSES, Distiller, FrozenTeacher, TapRecorder, tap_specs
+from kd_det.hosts.classification.models import FAMILIES, build_classifier
+from kd_det.hosts.classification.taps import tap_table
+from kd_det.hosts.torchvision_detection.family import FAMILY
+from tests.hosts.torchvision_detection import models as torchvision_models
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "extend.md").read_text()
 
@@ -43,3 +48,82 @@ def test_a_loss():
     empty = found["l1_loss"](torch.zeros(0, 3, requires_grad=True), torch.zeros(0, 3))
     assert empty == 0
     assert empty.requires_grad
+
+
+def test_a_head(monkeypatch):
+    monkeypatch.setattr(FAMILY, "heads", list(FAMILY.heads))
+    with pytest.raises(ValueError, match="objectness"):
+        objects(weight=1.0)
+    run(*blocks("A head"))
+    model = objects(weight=1.0)
+    seen = {}
+    model.distiller.register_forward_pre_hook(
+        lambda _, args: seen.update(zip("st", args, strict=False))
+    )
+    images, targets = torchvision_models.batch()
+    losses = model(images, targets)
+    assert losses["objects"] > 0
+    rows = seen["s"]["objectness"]
+    assert rows.shape == seen["t"]["objectness"].shape
+    # Two images of 96 x 96 pixels, three levels, two anchors in each cell.
+    assert rows.shape == (2 * (24**2 + 12**2 + 6**2), 2)
+    losses["objects"].backward()
+    assert model.student.rpn.head.cls_logits.weight.grad.any()
+    assert all(p.grad is None for p in model.student.roi_heads.parameters())
+
+
+def objects(weight):
+    (block,) = blocks("A head", "yaml")
+    terms = yaml.safe_load(block)["KD"]["TERMS"]
+    terms["objects"]["WEIGHT"] = weight
+    return torchvision_models.distilled("FasterRCNN", terms=terms)
+
+
+def test_a_head_of_weight_zero_leaves_the_stock_losses_bit_identical(monkeypatch):
+    monkeypatch.setattr(FAMILY, "heads", list(FAMILY.heads))
+    run(*blocks("A head"))
+    ours, stock = objects(weight=0.0), torchvision_models.student_model("FasterRCNN")
+    losses = []
+    for model in (ours.train(), stock.train()):
+        torch.manual_seed(1)
+        losses.append(model(*torchvision_models.batch()))
+    ours, stock = losses
+    assert {k: v for k, v in ours.items() if k != "objects"} == stock
+    assert ours["objects"] == 0
+
+
+def test_a_family_of_classifiers(monkeypatch):
+    monkeypatch.setattr(f"{build_classifier.__module__}.FAMILIES", families := dict(FAMILIES))
+    run(blocks("A model family")[0].replace("FAMILIES[", "families["), families=families)
+    student, teacher = build_classifier("two8", 10), FrozenTeacher(build_classifier("two16", 10))
+    recorders = [TapRecorder(m, tap_table(m)) for m in (student, teacher.model)]
+    with recorders[0].recording(), recorders[1].recording():
+        student(torch.zeros(2, 3, 32, 32)), teacher(torch.zeros(2, 3, 32, 32))
+    captures = [recorder.read() for recorder in recorders]
+    terms = {"hint": {"LOSS": "FitNet", "TAPS": ["stage2"]}}
+    distiller = Distiller(terms, *map(tap_specs, captures))
+    assert distiller(*captures)["hint"] > 0
+
+
+@pytest.mark.detectron2
+def test_a_meta_architecture(tmp_path):
+    pytest.importorskip("detectron2")
+    from detectron2.modeling import META_ARCH_REGISTRY
+    from detectron2.utils.events import EventStorage
+
+    from tests.hosts.detectron2 import models
+
+    run(blocks("A model family")[1])
+    try:
+        terms = models.all_terms("retinanet", 1.0)
+        cfg = models.distilled_cfg(
+            "retinanet",
+            models.write_teacher(tmp_path, "retinanet"),
+            terms,
+            ["MODEL.META_ARCHITECTURE", "DistilledMyRetinaNet"],
+        )
+        with EventStorage():
+            losses = models.build(cfg)(models.batch())
+        assert set(terms) < set(losses)
+    finally:
+        META_ARCH_REGISTRY._obj_map.pop("DistilledMyRetinaNet")

@@ -38,7 +38,7 @@ from kd_det.hosts.classification.models.shufflenet_v2 import CifarShuffleNetV2
 from kd_det.hosts.classification.models.vgg import CifarVGG
 from kd_det.hosts.classification.models.wide_resnet import WideResNet
 
-__all__ = ["CIFAR_NAMES", "CifarNet", "build_classifier"]
+__all__ = ["CIFAR_NAMES", "FAMILIES", "CifarNet", "build_classifier"]
 
 #: The CIFAR networks of the papers; the patterns in the module's table give more.
 CIFAR_NAMES = (
@@ -54,7 +54,7 @@ _FACTOR = r"_x(\d+(?:\.\d+)?)"
 
 # Plain resnet50 and resnet152 are 6n + 2 deep too, but everywhere else they mean ImageNet's: so
 # the depths of plain names are listed.
-_CIFAR: dict[str, Callable[..., CifarNet]] = {
+FAMILIES: dict[str, Callable[..., CifarNet]] = {
     r"resnet(8|14|20|32|44|56|110)": lambda d, **k: CifarResNet(int(d), **k),
     rf"resnet(\d+){_FACTOR}": lambda d, f, **k: CifarResNet(
         int(d), widths=scaled(float(f), WIDTHS), **k
@@ -67,6 +67,10 @@ _CIFAR: dict[str, Callable[..., CifarNet]] = {
     rf"shufflenetv2(?:{_FACTOR})?": lambda f, **k: CifarShuffleNetV2(factor=float(f or 1), **k),
     r"resnet50_cifar": CifarResNet50,
 }
+"""The small networks: a pattern of names, and what builds one from the pattern's groups.
+
+A builder also takes ``num_classes`` and ``in_channels``.
+"""
 
 #: Without these two their training forward gives a tuple, and their start takes minutes.
 _NO_AUXILIARY_HEAD = {"aux_logits": False, "init_weights": True}
@@ -111,7 +115,7 @@ def build_classifier(
 
 
 def _plain(name: str, num_classes: int, weights: str, in_channels: int) -> nn.Module:
-    for pattern, build in _CIFAR.items():
+    for pattern, build in FAMILIES.items():
         if match := re.fullmatch(pattern, name):
             if weights:
                 fail(
