@@ -13,7 +13,9 @@ import pytest
 
 import kd_det.losses  # noqa: F401  registers them
 from kd_det.core.registry import LOSSES
-from kd_det.run.config import HOSTS, load_yaml, merge_config, read_host
+from kd_det.hosts.base import HOSTS, read_host
+from kd_det.run.config import merge_config
+from kd_det.run.yaml_files import load_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "configs"

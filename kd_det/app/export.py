@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 
 from kd_det.app.arguments import config_parser
 from kd_det.core.errors import KDError
-from kd_det.hosts.base import load_config
+from kd_det.hosts.base import get_host, load_config
 
 _DESCRIPTION = "Strip a distilled checkpoint to the stock student."
 _EXAMPLE = """\
@@ -27,8 +26,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         cfg = load_config(args.config_file, args.opts)
-        host = importlib.import_module(f"kd_det.hosts.{cfg.HOST}.export")
-        model, config = host.export_student(cfg, args.weights, args.output)
+        model, config = get_host(cfg.HOST).export_student(cfg, args.weights, args.output)
     except KDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

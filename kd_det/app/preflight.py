@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         _check(settings)
         plan = read_plan(args.config_file, args.opts)
         opts, remark = _first_stage(plan)
-        cfg = load_config(args.config_file, [*args.opts, *opts])
+        cfg = load_config(plan.file, [*plan.opts, *opts])
         output = args.output or Path(plan.output if plan.stages else cfg.OUTPUT_DIR) / PREFLIGHT
         report = preflight(cfg, output, settings, remark=remark)
     except KDError as error:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fvcore.common.config import CfgNode
+from torch import nn
+
 from kd_det.app.arguments import config_parser
+from kd_det.core.distiller import Distiller
 from kd_det.core.errors import KDError
-from kd_det.hosts.base import load_config, require_detectron2
-from kd_det.run.config import read_host
-from kd_det.run.folder import check_output_dir
-from kd_det.run.plan import Host, read_plan, run_plan
+from kd_det.hosts.base import Pictures, get_host, read_host
+from kd_det.run.plan import Plan, Results, Start, read_plan, run_plan
 
 _DESCRIPTION = "Train or evaluate a distilled detector or classifier."
 _EXAMPLE = """\
@@ -39,37 +39,48 @@ def argument_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the host a config names. Returns the exit status: 2 for a mistake in the input."""
-    args = argument_parser(prog).parse_args(argv)
+    args = vars(argument_parser(prog).parse_args(argv))
     try:
-        host = read_host(args.config_file)
-        if host == "detectron2":
-            require_detectron2()
-        entry = importlib.import_module(f"kd_det.hosts.{host}.train").main
-        plan = read_plan(args.config_file, args.opts)
-        results = run_plan(_preflighted(entry) if plan.preflight else entry, args, plan)
-        if plan.seeds and results:
-            print(_table(results, len(plan.seeds)))
+        plan = read_plan(args.pop("config_file"), args.pop("opts"))
+        results = train(plan, Start(**args))
     except KDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if plan.seeds and results:
+        print(_table(results, len(plan.seeds)))
     return 0
 
 
-def _preflighted(host: Host) -> Host:
-    """The host's entry point; in front of a new run, a preflight on the first process."""
+def train(plan: Plan, start: Start) -> Any:
+    """Carry out the runs of a plan on its host; see :func:`kd_det.run.plan.run_plan`."""
+    host = get_host(read_host(plan.file))
 
-    def entry(args: argparse.Namespace) -> Any:
-        # torchrun gives RANK; the processes that Lightning starts have only the other two.
-        ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK"))
-        first = args.machine_rank == 0 and not any(int(rank) for rank in ranks)
-        if first and not (args.eval_only or args.resume):
-            cfg = load_config(args.config_file, args.opts)
-            check_output_dir(cfg.OUTPUT_DIR, resume=False)
-            # Not needed by, and not loaded for, runs without one.
-            importlib.import_module("kd_det.preflight").require(cfg)
-        return host(args)
+    def run(opts: Sequence[str]) -> Results:
+        cfg = host.load_config(plan.file, opts)
+        if plan.preflight and not (start.eval_only or start.resume) and _is_first(start):
+            # Imported only where it is wanted: it draws, and counts operations.
+            from kd_det.preflight import require
 
-    return entry
+            host.check_run(cfg, start)
+            require(cfg)
+        return host.run(cfg, start, pictures=make_pictures)
+
+    return run_plan(run, plan, start)
+
+
+def make_pictures(cfg: CfgNode, student: nn.Module, distiller: Distiller) -> Pictures:
+    """The pictures of a run with ``VIS_PERIOD`` above 0."""
+    # Imported only where it is wanted, because of the libraries that draw.
+    from kd_det.visualize.periodic import start_pictures
+
+    return start_pictures(cfg, student, distiller)
+
+
+def _is_first(start: Start) -> bool:
+    """Whether this is the first of the processes that carry out a run together."""
+    # torchrun gives RANK; the processes that Lightning starts have only the other two.
+    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK"))
+    return start.machine_rank == 0 and not any(int(rank) for rank in ranks)
 
 
 def _table(summary: Mapping[str, Mapping[str, Mapping[str, float]]], seeds: int) -> str:

@@ -1,12 +1,11 @@
 """A run as its config describes it, built and ready to be looked at. Nothing here trains.
 
-Preflight, pictures and reports ask every host for the same few things: :class:`Workbench` says
-which, and :func:`open_workbench` finds the host's own (``hosts/<host>/workbench.py``).
+:class:`Workbench` is what preflight, pictures and reports need of a run on any host. Every host has
+its own in ``hosts/<host>/workbench.py``; :func:`kd_det.hosts.base.open_bench` builds it.
 """
 
 from __future__ import annotations
 
-import importlib
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -183,25 +182,6 @@ class Workbench(Protocol):
         Keys must match exactly and outputs must be equal. Nothing is left on disk.
         """
         ...
-
-
-def open_workbench(cfg: CfgNode, weights: str = "", distilled: bool = True) -> Workbench:
-    """Build a run from its config, as its host would for training.
-
-    Takes seconds and writes nothing but the digits, if they are asked for and missing.
-
-    Args:
-        cfg: as the host's own ``load_config`` reads it; not changed.
-        weights: the checkpoint of a run, with what its losses have learnt if it holds that; empty
-            starts as the run does, from ``MODEL.WEIGHTS``.
-        distilled: False leaves teacher and terms out; ``weights`` must then be complete.
-
-    Raises:
-        KDError: whatever the host refuses about the config.
-    """
-    module = importlib.import_module(f"kd_det.hosts.{cfg.HOST}.workbench")
-    workbench: Workbench = module.open_workbench(cfg, weights, distilled)
-    return workbench
 
 
 def side_model(workbench: Workbench, side: Side) -> nn.Module:

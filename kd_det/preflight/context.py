@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
 from kd_det.bench.workbench import Side, Workbench
+from kd_det.hosts.base import get_host
 from kd_det.preflight.answers import Answer, Example
 from kd_det.preflight.steps import Steps
 
@@ -63,10 +62,9 @@ class Context:
 
     def num_classes(self, side: Side) -> int:
         """Classes of a side's head without a background, whether or not they have names."""
-        count: Callable[[CfgNode | None], int] = importlib.import_module(
-            f"kd_det.hosts.{self.cfg.HOST}.classes"
-        ).num_classes
-        return count(self.bench.cfg if side == "student" else self.bench.teacher_cfg)
+        cfg = self.bench.cfg if side == "student" else self.bench.teacher_cfg
+        assert cfg is not None
+        return get_host(self.cfg.HOST).num_classes(cfg)
 
     @property
     def device(self) -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from fvcore.common.config import CfgNode
 
-from kd_det.bench.workbench import Side, open_workbench
+from kd_det.bench.workbench import Side
 from kd_det.core.errors import KDError, fail
+from kd_det.hosts.base import open_bench
 from kd_det.preflight.budget import affordable, timed
 from kd_det.preflight.classes import inspect_classes
 from kd_det.preflight.context import Context, Settings
@@ -106,7 +107,7 @@ class _State:
         _INSPECT[section.title](section, self.context)
 
     def _build(self, section: Section) -> None:
-        bench = open_workbench(self.cfg)
+        bench = open_bench(self.cfg)
         self.context = Context(self.cfg, bench, self.settings, self.picture)
         model = type(bench.student).__name__
         kind = "distilled" if bench.distiller is not None else "alone: KD.ENABLED is False"

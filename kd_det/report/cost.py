@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from kd_det.bench.workbench import Workbench, latency, macs, open_workbench, parameters
+from kd_det.bench.workbench import Workbench, latency, macs, parameters
 from kd_det.core.errors import fail
 from kd_det.document.blocks import Cell, Table, table_of
-from kd_det.hosts.base import load_config
+from kd_det.hosts.base import load_config, open_bench
 from kd_det.report.groups import TEACHER, Group, Study
 from kd_det.report.runs import Run, describe
 from kd_det.run.folder import CONFIG, FINAL
@@ -100,7 +100,7 @@ def open_plain(run: Run) -> Workbench:
 
     Raises:
         KDError: see :func:`kd_det.hosts.base.load_config` and
-        :func:`kd_det.bench.workbench.open_workbench`.
+        :func:`kd_det.hosts.base.open_bench`.
     """
     config, weights = run.file(CONFIG), run.file(FINAL)
     if config is None or weights is None:
@@ -112,7 +112,7 @@ def open_plain(run: Run) -> Workbench:
     options = ["KD.ENABLED", "False"]
     if not torch.cuda.is_available():
         options += ["MODEL.DEVICE", "cpu"]
-    return open_workbench(load_config(str(config), options), str(weights), distilled=False)
+    return open_bench(load_config(str(config), options), str(weights), distilled=False)
 
 
 def deployment_table(measured: Sequence[Measured]) -> Table:

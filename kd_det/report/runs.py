@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from kd_det.core.errors import KDError
-from kd_det.run.config import literal, load_yaml
+from kd_det.run.config import literal
 from kd_det.run.curves import curve_tag
 from kd_det.run.folder import CONFIG, DETECTIONS, FINAL, INFERENCE, METRICS, RECORD, RESULTS
 from kd_det.run.record import FAILED, RUNNING, read_record
+from kd_det.run.yaml_files import load_yaml
 
 #: name -> {iterations done: value}
 Curves = dict[str, dict[int, float]]

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
 from kd_det.balance import build_balance
-from kd_det.core.errors import KDError, check_known, fail, nearest
+from kd_det.core.errors import KDError, check_choice, check_known, fail, nearest
 from kd_det.core.terms import Term, parse_terms
 from kd_det.procedures.base import add_procedures, refuse_unsupported
-from kd_det.run.yaml_files import config_path, load_yaml, merge_file
-
-HOSTS = ("detectron2", "torchvision_detection", "classification")
+from kd_det.run.yaml_files import ConfigFile, merge_file
 
 _OPEN_NODES = ("KD.TERMS.", "KD.CLASS_MAP.", "KD.BALANCE.SHARES.", "DATASETS.COCO_JSON.")
 
@@ -92,40 +89,23 @@ def _add_balance(cfg: CfgNode) -> None:
     cfg.KD.BALANCE.LR = 0.025  # of gradnorm, as in its paper: the relative step of a weight
 
 
-def read_host(config_file: str) -> str:
-    """The ``HOST`` a config file (with its ``_BASE_``) asks for.
-
-    Raises:
-        KDError: the file is missing or not a YAML mapping, or asks for an unknown host.
-    """
-    if not Path(config_path(config_file)).is_file():
-        fail(
-            expected="--config-file to name a file",
-            received=repr(config_file),
-            remedy="give a path such as configs/reviewkd_frcnn_r50_r101.yaml",
-        )
-    host = load_yaml(config_file).get("HOST", "detectron2")
-    check_known("HOST", host, HOSTS)
-    return host
-
-
-def merge_config(cfg: CfgNode, config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+def merge_config(cfg: CfgNode, config: str | ConfigFile, opts: Sequence[str] = ()) -> CfgNode:
     """Merge a file and command-line overrides into ``cfg``, in place.
 
     Raises:
-        KDError: an unknown key (the nearest known key is suggested) or a value of the wrong
-            type; a term that :func:`read_terms` refuses, or a ``KD.BALANCE`` that
-            :func:`kd_det.balance.build_balance` does.
+        KDError: an unknown key (the nearest known key is suggested), a value of the wrong type, or
+            another host than that of ``cfg``; a term that :func:`read_terms` refuses, or a
+            ``KD.BALANCE`` that :func:`kd_det.balance.build_balance` does.
     """
-    known = list(_keys(cfg))
+    known, host = list(_keys(cfg)), cfg.HOST
     try:
-        merge_file(cfg, config_file)
+        merge_file(cfg, config)
         _merge_options(cfg, opts)
     except (KeyError, AssertionError, ValueError) as error:
         if isinstance(error, KDError):
             raise
         _explain(error, known)
-    check_known("HOST", cfg.HOST, HOSTS)
+    check_choice("HOST", cfg.HOST, (host,))
     if cfg.KD.ENABLED:
         build_balance(cfg, read_terms(cfg))
     return cfg

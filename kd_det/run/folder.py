@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_det.core.errors import fail
-from kd_det.run.config import load_yaml
+from kd_det.run.yaml_files import load_yaml
 
 CONFIG, RECORD, LOG = "config.yaml", "run.json", "log.txt"
 METRICS, RESULTS, SEED_RESULTS = "metrics.json", "results.json", "seeds.json"

@@ -18,7 +18,6 @@ not run again, so a run that was interrupted in its second stage continues there
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -28,14 +27,41 @@ from pathlib import Path
 from typing import Any
 
 from kd_det.core.errors import check_known, fail
-from kd_det.run.config import literal, load_yaml
+from kd_det.run.config import literal
 from kd_det.run.folder import CONFIG, FINAL, RESULTS, SEED_RESULTS
+from kd_det.run.yaml_files import ConfigFile, read_config
 
 CARRIED = ("student", "distiller")
 _PLANNED = ("OUTPUT_DIR", "STAGES", "SEEDS", "PREFLIGHT")
 _KEYS = ("NAME", "TERMS", "TASK", "CARRY", "OVERRIDES")
 
-Host = Callable[[argparse.Namespace], Any]
+Results = dict[str, dict[str, float]]
+"""``{kind: {metric: percent}}``."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run is started, beside its config.
+
+    Attributes:
+        resume: go on from the last checkpoint in ``OUTPUT_DIR``, if it is there.
+        eval_only: train nothing; evaluate ``MODEL.WEIGHTS``, or else what ``OUTPUT_DIR`` holds.
+        num_gpus: processes on this machine where ``MODEL.DEVICE`` is ``cuda``.
+        num_machines: machines of the run.
+        machine_rank: the rank of this one.
+        dist_url: where the processes of several machines meet.
+    """
+
+    resume: bool = False
+    eval_only: bool = False
+    num_gpus: int = 1
+    num_machines: int = 1
+    machine_rank: int = 0
+    dist_url: str = "auto"
+
+
+NEW = Start()
+"""A new run on one device of this machine."""
 
 
 @dataclass(frozen=True)
@@ -74,34 +100,43 @@ class Stage:
         return opts
 
 
+Run = Callable[[Sequence[str]], Results]
+"""Carries out one run, from the overrides of its config."""
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What a command line asks for: one run, or several.
+    """What a config file with its overrides describes: one run, or several.
 
     Attributes:
+        file: the config file; every run of the plan takes its content from here.
+        opts: the overrides, ``KEY VALUE``.
         output: ``OUTPUT_DIR``.
         stages: empty for a run in one piece.
         seeds: empty for the config's own seed.
-        preflight: whether each run is looked at before it starts.
+        preflight: whether each run has a preflight before it starts.
     """
 
+    file: ConfigFile
+    opts: tuple[str, ...]
     output: Path
     stages: tuple[Stage, ...] = ()
     seeds: tuple[int, ...] = ()
     preflight: bool = False
 
 
-def read_plan(config_file: str, opts: Sequence[str] = ()) -> Plan:
+def read_plan(config: str | ConfigFile, opts: Sequence[str] = ()) -> Plan:
     """The stages and seeds of a config file with its overrides.
 
     Raises:
-        KDError: an entry that is no stage or no seed, or names that are used twice.
+        KDError: see :func:`kd_det.run.config.read_config`; an entry that is no stage or no seed,
+            or names that are used twice.
     """
-    content: dict[str, Any] = load_yaml(config_file)
+    file = read_config(config)
     given = {key: literal(value) for key, value in zip(opts[::2], opts[1::2], strict=False)}
-    found = {key: given.get(key, content.get(key)) for key in _PLANNED}
-    stages = tuple(_parse_stage(node) for node in _listed("STAGES", found["STAGES"]))
-    seeds = tuple(_listed("SEEDS", found["SEEDS"]))
+    content = {key: given.get(key, file.content.get(key)) for key in _PLANNED}
+    stages = tuple(_parse_stage(node) for node in _listed("STAGES", content["STAGES"]))
+    seeds = tuple(_listed("SEEDS", content["SEEDS"]))
     for seed in seeds:
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
             fail(
@@ -116,37 +151,41 @@ def read_plan(config_file: str, opts: Sequence[str] = ()) -> Plan:
                 received=", ".join(map(str, names)),
                 remedy="give each a value of its own",
             )
-    output = Path(str(found["OUTPUT_DIR"] or "./output"))
-    return Plan(output, stages, seeds, preflight=bool(found["PREFLIGHT"]))
+    output = Path(str(content["OUTPUT_DIR"] or "./output"))
+    return Plan(file, tuple(opts), output, stages, seeds, preflight=bool(content["PREFLIGHT"]))
 
 
-def run_plan(host: Host, args: argparse.Namespace, plan: Plan) -> Any:
-    """Run everything a plan asks for, and return what the host returns.
+def run_plan(run: Run, plan: Plan, start: Start) -> Any:
+    """Carry out all runs of a plan.
 
     Args:
-        host: the entry point of a host, ``args -> results``.
-        args: the command line.
+        run: carries out one run, from the overrides of its config.
         plan: see :func:`read_plan`.
+        start: how each run is started.
 
     Returns:
-        The host's results; with several seeds, their mean and standard deviation.
+        The results of the run, or of its last stage; with several seeds, their mean and standard
+        deviation.
+
+    Raises:
+        KDError: ``start`` has several GPUs and the plan several runs.
     """
-    several = bool(plan.stages or plan.seeds)
-    if several and getattr(args, "num_gpus", 1) > 1:
+    if (plan.stages or plan.seeds) and start.num_gpus > 1:
         fail(
             expected="a run with STAGES or SEEDS to start its processes with torchrun",
-            received=f"--num-gpus {args.num_gpus}",
-            remedy=f"torchrun --standalone --nproc_per_node {args.num_gpus} tools/train_net.py ...",
+            received=f"--num-gpus {start.num_gpus}",
+            remedy=f"torchrun --standalone --nproc_per_node {start.num_gpus} tools/train_net.py "
+            "...",
         )
     if not plan.seeds:
-        return _run_stages(host, args, plan.output, plan.stages)
+        return _run_stages(run, plan, start, plan.output, ())
     results = {}
     for seed in plan.seeds:
         output = plan.output / f"seed_{seed}"
-        own = _with(args, ["SEEDS", "[]", "SEED", str(seed), "OUTPUT_DIR", str(output)])
-        results[seed] = _run_stages(host, own, output, plan.stages)
+        own = ("SEEDS", "[]", "SEED", str(seed), "OUTPUT_DIR", str(output))
+        results[seed] = _run_stages(run, plan, start, output, own)
     summary = summarize(results)
-    if summary and not args.eval_only:
+    if summary and not start.eval_only:
         text = {"seeds": {str(s): r for s, r in results.items()}, "summary": summary}
         (plan.output / SEED_RESULTS).write_text(json.dumps(text, indent=2) + "\n")
     return summary
@@ -184,38 +223,31 @@ def summarize(results: Mapping[int, Any]) -> dict[str, dict[str, dict[str, float
     return summary
 
 
-def _run_stages(host: Host, args: argparse.Namespace, output: Path, stages: Sequence[Stage]) -> Any:
-    if not stages or args.eval_only:
-        return _run(host, _with(args, ["STAGES", "[]"]) if stages else args, output)
+def _run_stages(
+    run: Run, plan: Plan, start: Start, output: Path, own: Sequence[str]
+) -> Results | None:
+    """Run all stages in folders of ``output``, with the overrides ``own`` after those of the plan.
+
+    The results, the config and the weights of the last stage are copied to ``output``.
+    """
+    common = [*plan.opts, *own]
+    if not plan.stages or start.eval_only:
+        return run([*common, *(("STAGES", "[]") if plan.stages else ())])
     results = None
     before: Path | None = None
-    for number, stage in enumerate(stages, start=1):
+    for number, stage in enumerate(plan.stages, start=1):
         folder = output / f"stage_{number}_{stage.name}"
-        done = (folder / FINAL).is_file()
-        last = number == len(stages)
-        # The last stage is always handed to the host: with --resume it trains no further, but
-        # says again what it reached.
-        if last or not (args.resume and done):
-            opts = ["STAGES", "[]", "OUTPUT_DIR", str(folder), *stage.options(before)]
-            results = _run(host, _with(args, opts), folder)
+        done = start.resume and (folder / FINAL).is_file()
+        # The last stage always runs: with --resume it trains no further, but returns its results.
+        if not done or number == len(plan.stages):
+            opts = ("STAGES", "[]", "OUTPUT_DIR", str(folder), *stage.options(before))
+            results = run([*common, *opts])
         before = folder
     assert before is not None
     for name in (FINAL, RESULTS, CONFIG):
         if (before / name).is_file():
             shutil.copyfile(before / name, output / name)
     return results
-
-
-def _run(host: Host, args: argparse.Namespace, output: Path) -> Any:
-    results = host(args)
-    # A host that starts processes of its own has no results to return, only those it wrote.
-    if results is None and not args.eval_only and (output / RESULTS).is_file():
-        results = json.loads((output / RESULTS).read_text())
-    return results
-
-
-def _with(args: argparse.Namespace, opts: Sequence[str]) -> argparse.Namespace:
-    return argparse.Namespace(**{**vars(args), "opts": [*args.opts, *opts]})
 
 
 def _parse_stage(node: Any) -> Stage:

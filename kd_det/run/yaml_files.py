@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +54,45 @@ def load_yaml(config_file: str) -> dict[str, Any]:
     return mapping
 
 
-def merge_file(cfg: CfgNode, config_file: str) -> None:
-    """Merge :func:`load_yaml` of a file into a config of any host, in place.
+@dataclass(frozen=True)
+class ConfigFile:
+    """A config file that has been read: its path, and its content; see :func:`load_yaml`."""
+
+    path: str
+    content: Mapping[str, Any]
+
+
+def read_config(config: str | ConfigFile) -> ConfigFile:
+    """Read a config file, unless that has been done.
 
     Raises:
-        KDError: see :func:`load_yaml`.
+        KDError: the file is missing; or see :func:`load_yaml`.
+    """
+    if isinstance(config, ConfigFile):
+        return config
+    path = config_path(config)
+    if not Path(path).is_file():
+        fail(
+            expected="--config-file to name a file",
+            received=repr(config),
+            remedy="give a path such as configs/reviewkd_frcnn_r50_r101.yaml",
+        )
+    return ConfigFile(path, load_yaml(path))
+
+
+def merge_file(cfg: CfgNode, config: str | ConfigFile) -> None:
+    """Merge a config file into a config of any host, in place.
+
+    Raises:
+        KDError: see :func:`read_config`.
         KeyError: an unknown key.
         ValueError: a value of another type than the default.
     """
-    mapping = load_yaml(config_file)
-    if mapping.get("VERSION", 2) == 1:
-        cfg.merge_from_file(config_path(config_file))  # Detectron2 translates its oldest keys
+    file = read_config(config)
+    if file.content.get("VERSION", 2) == 1:
+        cfg.merge_from_file(file.path)  # Detectron2 translates its oldest keys
     else:
-        cfg.merge_from_other_cfg(type(cfg)(mapping))
+        cfg.merge_from_other_cfg(type(cfg)(file.content))
 
 
 def _load(file: str, included_from: tuple[str, ...]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from fvcore.common.config import CfgNode
 
 from kd_det.core.errors import check_known, fail
 from kd_det.hosts import base
-from kd_det.run.config import read_host
 from kd_det.run.yaml_files import config_path
 from kd_det.tuning.space import Space, as_text
 
@@ -79,7 +78,7 @@ def check_metric(config_file: str, metric: str) -> str:
     Raises:
         KDError: the host has no metrics of this group.
     """
-    default, groups = _METRICS[read_host(config_file)]
+    default, groups = _METRICS[base.read_host(config_file)]
     group, _, name = (metric or default).partition("/")
     if group not in groups or not name:
         fail(

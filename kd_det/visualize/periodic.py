@@ -8,15 +8,23 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 
-from torch import Tensor
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
 
+from kd_det.core.distiller import Distiller
 from kd_det.visualize.canvas import to_pixels
 from kd_det.visualize.draw import draw
+from kd_det.visualize.subject import find_subject
 from kd_det.visualize.watch import Recording, Subject, watching
 
 IMAGES = 4
 
 logger = logging.getLogger(__name__)
+
+
+def start_pictures(cfg: CfgNode, student: nn.Module, distiller: Distiller) -> PeriodicPictures:
+    """The pictures of a run; a :data:`kd_det.hosts.base.MakePictures`."""
+    return PeriodicPictures(find_subject(cfg, student, distiller), cfg.VIS_PERIOD)
 
 
 class PeriodicPictures:

@@ -11,10 +11,10 @@ from pathlib import Path
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from kd_det.bench.workbench import Workbench, open_workbench
+from kd_det.bench.workbench import Workbench
 from kd_det.core.errors import fail
 from kd_det.core.files import writable_folder
-from kd_det.hosts.base import load_config
+from kd_det.hosts.base import load_config, open_bench
 from kd_det.run.config import read_terms
 from kd_det.run.folder import PICTURES
 from kd_det.visualize.draw import draw
@@ -61,7 +61,7 @@ def visualize(
     _check_terms(cfg)
     pictures = read_pictures(images)
     folder = _writable(output or Path(cfg.OUTPUT_DIR) / PICTURES)
-    workbench = open_workbench(cfg, weights)
+    workbench = open_bench(cfg, weights)
     if workbench.distiller is None:
         fail(
             expected="a model that distils",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-
 from fvcore.common.config import CfgNode
 from torch import nn
 
 from kd_det.bench.workbench import PixelInput
 from kd_det.core.distiller import Distiller
 from kd_det.core.taps import Tap
+from kd_det.hosts.base import get_host
 from kd_det.visualize.watch import Subject
 
 #: Modules that pool a student's sampled boxes, of Detectron2 and of torchvision.
@@ -27,14 +26,13 @@ def find_subject(cfg: CfgNode, student: nn.Module, distiller: Distiller) -> Subj
     classifies = cfg.HOST == "classification"
     paths = {path for path, _ in student.named_modules()}
     poolers = [path for path in _BOX_POOLERS if path in paths]
-    classes = importlib.import_module(f"kd_det.hosts.{cfg.HOST}.classes")
     return Subject(
         student=student,
         distiller=distiller,
         entrance="" if classifies else "backbone",
         pixels=_pixel_input(cfg),
         box_tap=Tap(poolers[0], at="input", select=1) if poolers else None,
-        class_names=classes.class_names(cfg),
+        class_names=get_host(cfg.HOST).class_names(cfg),
         background="first" if cfg.HOST == "torchvision_detection" else "last",
     )
 

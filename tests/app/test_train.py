@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from kd_det import preflight
 from kd_det.app.train import argument_parser, main
 from kd_det.core.errors import fail
-from kd_det.hosts.base import INSTALL_GUIDE
-from kd_det.run.config import read_host
+from kd_det.hosts.torchvision_detection import host as module
+from kd_det.run.plan import Start
 
-ROOT = Path(__file__).resolve().parents[2]
+ON_CPU = "HOST: torchvision_detection\nMODEL: {DEVICE: cpu}"
 
 
 @pytest.fixture
@@ -30,24 +29,19 @@ def write(tmp_path):
 
 @pytest.fixture
 def host(monkeypatch):
-    """Puts a training entry point in the place of a host's and returns what it is called with."""
+    """Puts a function in the place of a host's ``run``; returns the calls: config and start."""
 
-    def replace(action=lambda args: None):
+    def replace_run(action=lambda cfg: None):
         calls = []
-        module = ModuleType("train")
-        module.main = lambda args: (calls.append(args), action(args))
-        monkeypatch.setitem(sys.modules, "kd_det.hosts.torchvision_detection.train", module)
+
+        def run(cfg, start, *, pictures):
+            calls.append((cfg, start))
+            action(cfg)
+
+        monkeypatch.setattr(module, "HOST", replace(module.HOST, run=run))
         return calls
 
-    return replace
-
-
-@pytest.fixture
-def without_detectron2(monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "detectron2" else find(name)
-    )
+    return replace_run
 
 
 def one_error(capsys):
@@ -74,16 +68,9 @@ def test_the_host_of_the_config_is_run_with_all_arguments(write, host):
     ]
     argv += ["--dist-url", "tcp://a:1", "--resume", "--eval-only", "SOLVER.BASE_LR", "0.1"]
     assert main(argv) == 0
-    assert vars(calls[0]) == {
-        "config_file": config,
-        "num_gpus": 4,
-        "num_machines": 2,
-        "machine_rank": 1,
-        "dist_url": "tcp://a:1",
-        "resume": True,
-        "eval_only": True,
-        "opts": ["SOLVER.BASE_LR", "0.1"],
-    }
+    ((cfg, start),) = calls
+    assert start == Start(True, True, 4, 2, 1, "tcp://a:1")
+    assert cfg.SOLVER.BASE_LR == 0.1
 
 
 def test_arguments_have_detectron2s_defaults():
@@ -97,13 +84,13 @@ def test_arguments_have_detectron2s_defaults():
 
 
 def test_a_mistake_found_by_the_host_is_one_sentence_and_status_2(write, host, capsys):
-    host(lambda args: fail(expected="a teacher", received="none", remedy="name one"))
+    host(lambda cfg: fail(expected="a teacher", received="none", remedy="name one"))
     assert main(["--config-file", write("HOST: torchvision_detection")]) == 2
     assert one_error(capsys) == "error: expected a teacher; received none; remedy: name one"
 
 
 def test_a_failure_that_is_no_mistake_of_the_user_is_not_hidden(write, host):
-    host(lambda args: 1 / 0)
+    host(lambda cfg: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["--config-file", write("HOST: torchvision_detection")])
 
@@ -126,30 +113,6 @@ def test_a_bad_config_is_one_sentence_and_status_2(write, capsys, text, part):
     assert part in one_error(capsys)
 
 
-@pytest.mark.usefixtures("without_detectron2")
-@pytest.mark.parametrize("text", ["HOST: detectron2", "SOLVER: {BASE_LR: 0.1}"])
-def test_without_detectron2_its_configs_end_in_one_sentence(write, capsys, text):
-    assert main(["--config-file", write(text)]) == 2
-    line = one_error(capsys)
-    assert "expected Detectron2, which this config runs on; received no installed package" in line
-    assert INSTALL_GUIDE in line
-    assert INSTALL_GUIDE.startswith("https://detectron2.readthedocs.io/")
-
-
-@pytest.mark.usefixtures("without_detectron2")
-def test_without_detectron2_the_config_that_is_named_instead_exists(write, capsys):
-    main(["--config-file", write("HOST: detectron2")])
-    (named,) = re.findall(r"configs/\S+?\.yaml", one_error(capsys))
-    assert read_host(str(ROOT / named)) == "torchvision_detection"
-
-
-@pytest.mark.usefixtures("without_detectron2")
-def test_without_detectron2_the_other_hosts_run(write, host):
-    calls = host()
-    assert main(["--config-file", write("HOST: torchvision_detection")]) == 0
-    assert len(calls) == 1
-
-
 def test_without_a_config_the_usage_is_shown(capsys):
     with pytest.raises(SystemExit) as error:
         main([])
@@ -167,12 +130,10 @@ def test_preflight_goes_before_a_new_run_only_and_stops_what_it_refuses(
         if cfg.SOLVER.MAX_ITER == 7:
             fail(expected="a sound run", received="this", remedy="another")
 
-    module = ModuleType("kd_det.preflight")
-    module.require = require
-    monkeypatch.setitem(sys.modules, "kd_det.preflight", module)
+    monkeypatch.setattr(preflight, "require", require)
     calls = host()
     output = str(tmp_path / "run")
-    config = write(f"HOST: torchvision_detection\nPREFLIGHT: True\nOUTPUT_DIR: {output}")
+    config = write(f"{ON_CPU}\nPREFLIGHT: True\nOUTPUT_DIR: {output}")
     assert main(["--config-file", config]) == 0
     assert (len(calls), looked_at) == (1, [output])
     for flag in ("--resume", "--eval-only"):
@@ -188,9 +149,7 @@ def test_preflight_goes_before_a_new_run_only_and_stops_what_it_refuses(
 def looked_at(monkeypatch):
     """The configs that reach preflight, which finds nothing wrong."""
     configs = []
-    module = ModuleType("kd_det.preflight")
-    module.require = configs.append
-    monkeypatch.setitem(sys.modules, "kd_det.preflight", module)
+    monkeypatch.setattr(preflight, "require", configs.append)
     return configs
 
 
@@ -200,7 +159,7 @@ def test_of_several_processes_the_first_alone_looks(
 ):
     """Those that torchrun starts have all three; Lightning's own have the last two."""
     calls = host()
-    text = f"HOST: torchvision_detection\nPREFLIGHT: True\nOUTPUT_DIR: {tmp_path / 'run'}"
+    text = f"{ON_CPU}\nPREFLIGHT: True\nOUTPUT_DIR: {tmp_path / 'run'}"
     for number, looks in (("1", 0), ("0", 1)):
         monkeypatch.setenv(rank, number)
         assert main(["--config-file", write(text)]) == 0
@@ -212,7 +171,7 @@ def test_of_several_processes_the_first_alone_looks(
 def test_every_stage_is_looked_at_as_it_will_be_trained(write, host, looked_at, tmp_path):
     host()
     stages = "STAGES: [{NAME: hint, TASK: False}, {NAME: plain, TERMS: []}]"
-    text = f"HOST: torchvision_detection\nPREFLIGHT: True\nOUTPUT_DIR: {tmp_path}\n{stages}"
+    text = f"{ON_CPU}\nPREFLIGHT: True\nOUTPUT_DIR: {tmp_path}\n{stages}"
     assert main(["--config-file", write(text)]) == 0
     found = [
         (Path(cfg.OUTPUT_DIR).name, cfg.KD.TASK_WEIGHT, cfg.MODEL.WEIGHTS) for cfg in looked_at

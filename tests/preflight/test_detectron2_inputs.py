@@ -12,8 +12,8 @@ pytest.importorskip("detectron2")
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from kd_det.bench.workbench import open_workbench
-from kd_det.hosts.detectron2.train import load_cfg
+from kd_det.hosts.base import open_bench
+from kd_det.hosts.detectron2.config import load_config
 from kd_det.preflight import Settings, run_preflight
 from tests.preflight import squares
 
@@ -86,8 +86,8 @@ def teacher(tmp_path_factory):
         f"d2_squares_{split}": [str(p) for p in squares.write_squares(root / split, count, seed)]
         for seed, (split, count) in enumerate([("train", 60), ("val", 16)])
     }
-    cfg = load_cfg(str(squares.write_yaml(root / "teacher.yaml", content)))
-    batches = open_workbench(cfg).batches()
+    cfg = load_config(str(squares.write_yaml(root / "teacher.yaml", content)))
+    batches = open_bench(cfg).batches()
     torch.manual_seed(1)
     model = build_model(cfg).train()
     with EventStorage():
@@ -115,7 +115,7 @@ def look(teacher, folder, **changes):
         "TERMS": TERMS,
     }
     report = run_preflight(
-        load_cfg(str(squares.write_yaml(folder / "student.yaml", student))), SETTINGS
+        load_config(str(squares.write_yaml(folder / "student.yaml", student))), SETTINGS
     )
     return report, [f.message for f in report.errors]
 

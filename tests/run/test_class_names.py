@@ -90,8 +90,7 @@ def test_a_run_takes_names_and_map_of_its_config():
 def test_names_and_map_are_read_from_file_and_command_line(tmp_path, refuses):
     path = tmp_path / "config.yaml"
     path.write_text(
-        "HOST: classification\nKD:\n  CLASS_MAP: {auto: car, '3': 5}\n"
-        "  TEACHER: {CLASS_NAMES: [car, 5, traffic light]}\n"
+        "KD:\n  CLASS_MAP: {auto: car, '3': 5}\n  TEACHER: {CLASS_NAMES: [car, 5, traffic light]}\n"
     )
     cfg = CfgNode()
     add_kd_config(cfg)

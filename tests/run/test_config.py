@@ -6,7 +6,7 @@ import pytest
 from fvcore.common.config import CfgNode
 
 from kd_det.core.schedules import Delay
-from kd_det.run.config import add_kd_config, merge_config, read_host, read_terms
+from kd_det.run.config import add_kd_config, merge_config, read_terms
 
 REVIEW = """
 KD:
@@ -52,20 +52,6 @@ def test_keys_of_a_host_are_kept(cfg):
     add_kd_config(cfg)
     assert cfg.DATASETS.TRAIN == ("a",)
     assert cfg.DATASETS.COCO_JSON == {}
-
-
-@pytest.mark.parametrize(
-    ("text", "host"),
-    [
-        ("SOLVER: {BASE_LR: 0.1}", "detectron2"),
-        ("HOST: torchvision_detection", "torchvision_detection"),
-        ("_BASE_: base.yaml\nOUTPUT_DIR: x", "torchvision_detection"),
-        ("_BASE_: base.yaml\nHOST: detectron2", "detectron2"),
-    ],
-)
-def test_the_host_is_read_from_the_file_or_its_base(write, text, host):
-    write("HOST: torchvision_detection", "base.yaml")
-    assert read_host(write(text)) == host
 
 
 def test_terms_of_a_file_are_read(cfg, write):
@@ -131,30 +117,6 @@ def test_terms_of_a_plain_student_are_not_read(cfg, write):
     assert cfg.KD.ENABLED is False
 
 
-@pytest.mark.parametrize(
-    ("text", "part"),
-    [
-        ("", "to be YAML mappings of config keys; received nothing"),
-        ("- a\n- b", "to be YAML mappings of config keys; received list"),
-        ("SOLVER: [", "received while parsing a flow node"),
-        ("_BASE_: nowhere.yaml", "nowhere.yaml"),
-        ("HOST: detectron", "known HOST; received 'detectron'; remedy: did you mean 'detectron2'?"),
-        (
-            "HOST: 3",
-            "known HOST; received '3'; remedy: known: classification, detectron2",
-        ),
-    ],
-)
-def test_a_file_without_a_readable_host_is_refused(write, refuses, text, part):
-    with refuses(part):
-        read_host(write(text))
-
-
-def test_a_missing_file_is_refused(tmp_path, refuses):
-    with refuses("expected --config-file to name a file", "nowhere.yaml", "give a path such as"):
-        read_host(str(tmp_path / "nowhere.yaml"))
-
-
 BAD_FILES = {
     "unknown key": ("SOLVR: {BASE_LR: 0.1}", "received 'SOLVR'; remedy: did you mean 'SOLVER'?"),
     "unknown key below": (
@@ -167,7 +129,7 @@ BAD_FILES = {
     "unknown loss": (REVIEW.replace("ReviewKD", "Revue"), "received 'Revue'; remedy: did you mean"),
     "unknown host": (
         "HOST: mmdet",
-        "known HOST; received 'mmdet'; remedy: known: classification, detectron2",
+        "HOST to be one of 'detectron2'; received 'mmdet'; remedy: known: detectron2",
     ),
     "broken": ("SOLVER: [", "to be YAML mappings of config keys; received while parsing"),
 }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from kd_det.run.plan import Plan, Stage, read_plan, run_plan, summarize
+from kd_det.run.plan import NEW, Stage, Start, read_plan, run_plan, summarize
 
 TWO = """
 OUTPUT_DIR: {output}
@@ -23,13 +23,11 @@ class Host:
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.runs: list[dict[str, str]] = []
-        self.resumed: list[bool] = []
         self.fail_at = fail_at
 
-    def __call__(self, args):
-        opts = dict(zip(args.opts[::2], args.opts[1::2], strict=True))
+    def __call__(self, opts):
+        opts = dict(zip(opts[::2], opts[1::2], strict=True))
         self.runs.append(opts)
-        self.resumed.append(args.resume)
         if self.fail_at == len(self.runs):
             raise KeyboardInterrupt
         output = Path(opts["OUTPUT_DIR"])
@@ -40,10 +38,6 @@ class Host:
         return results
 
 
-def arguments(*opts, resume=False, eval_only=False):
-    return argparse.Namespace(opts=list(opts), resume=resume, eval_only=eval_only, num_gpus=1)
-
-
 @pytest.fixture
 def plan(tmp_path):
     (tmp_path / "two.yaml").write_text(TWO.format(output=tmp_path / "out"))
@@ -52,7 +46,7 @@ def plan(tmp_path):
 
 def test_each_stage_runs_once_in_its_own_folder_and_hands_on_the_student(plan, tmp_path):
     host = Host()
-    results = run_plan(host, arguments(), plan)
+    results = run_plan(host, plan, NEW)
     first, second = tmp_path / "out/stage_1_flow", tmp_path / "out/stage_2_task"
     assert host.runs == [
         {
@@ -75,17 +69,16 @@ def test_each_stage_runs_once_in_its_own_folder_and_hands_on_the_student(plan, t
 
 def test_a_run_interrupted_in_its_second_stage_continues_there(plan, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run_plan(Host(fail_at=2), arguments(), plan)
+        run_plan(Host(fail_at=2), plan, NEW)
     host = Host()
-    run_plan(host, arguments(resume=True), plan)
+    run_plan(host, plan, Start(resume=True))
     assert [Path(run["OUTPUT_DIR"]).name for run in host.runs] == ["stage_2_task"]
-    assert host.resumed == [True]
 
 
 def test_without_resume_the_host_is_asked_again_and_can_refuse(plan):
-    run_plan(Host(), arguments(), plan)
+    run_plan(Host(), plan, NEW)
     host = Host()
-    run_plan(host, arguments(), plan)
+    run_plan(host, plan, NEW)
     assert len(host.runs) == 2
 
 
@@ -97,18 +90,22 @@ def test_adaptors_are_carried_where_asked():
 
 
 def test_every_seed_gets_its_folder_and_the_spread_is_written(tmp_path):
-    plan = Plan(tmp_path, seeds=(3, 4))
-    summary = run_plan(Host(), arguments("A", "1"), plan)
+    (tmp_path / "x.yaml").write_text("SEEDS: [3, 4]")
+    output = tmp_path / "out"
+    plan = read_plan(str(tmp_path / "x.yaml"), ["OUTPUT_DIR", str(output), "A", "1"])
+    host = Host()
+    summary = run_plan(host, plan, NEW)
+    assert [(run["SEED"], run["A"]) for run in host.runs] == [("3", "1"), ("4", "1")]
     assert summary["accuracy"]["top1"] == {"mean": 15.0, "std": pytest.approx(50**0.5)}
-    written = json.loads((tmp_path / "seeds.json").read_text())
+    written = json.loads((output / "seeds.json").read_text())
     assert written["summary"] == summary
     assert written["seeds"]["4"] == {"accuracy": {"top1": 20.0}}
-    assert {path.name for path in tmp_path.iterdir()} == {"seed_3", "seed_4", "seeds.json"}
+    assert {path.name for path in output.iterdir()} == {"seed_3", "seed_4", "seeds.json"}
 
 
 def test_seeds_and_stages_combine(plan, tmp_path):
     host = Host()
-    run_plan(host, arguments(), Plan(plan.output, plan.stages, (1, 2)))
+    run_plan(host, replace(plan, seeds=(1, 2)), NEW)
     folders = [str(Path(run["OUTPUT_DIR"]).relative_to(plan.output)) for run in host.runs]
     assert folders == [f"seed_{s}/stage_{n}" for s in (1, 2) for n in ("1_flow", "2_task")]
     assert [run["SEED"] for run in host.runs] == ["1", "1", "2", "2"]
@@ -117,14 +114,9 @@ def test_seeds_and_stages_combine(plan, tmp_path):
 def test_evaluation_runs_the_host_once(plan, tmp_path):
     host = Host()
     folder = str(tmp_path / "x")
-    run_plan(host, arguments("OUTPUT_DIR", folder, eval_only=True), plan)
+    plan = replace(plan, opts=("OUTPUT_DIR", folder))
+    run_plan(host, plan, Start(eval_only=True))
     assert host.runs == [{"OUTPUT_DIR": folder, "STAGES": "[]"}]
-
-
-def test_results_are_read_where_a_host_returns_none(plan):
-    host = Host()
-    results = run_plan(lambda args: host(args) and None, arguments(), plan)
-    assert results == {"accuracy": {"top1": 20.0}}
 
 
 def test_overrides_decide_over_the_file(tmp_path):
@@ -157,7 +149,5 @@ def test_a_bad_plan_is_refused(tmp_path, refuses, text, message):
 
 
 def test_several_gpus_need_torchrun(plan, refuses):
-    args = arguments()
-    args.num_gpus = 2
     with refuses("torchrun", "--num-gpus 2"):
-        run_plan(Host(), args, plan)
+        run_plan(Host(), plan, Start(num_gpus=2))

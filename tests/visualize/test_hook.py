@@ -11,10 +11,11 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from kd_det.bench.workbench import open_workbench
+from kd_det.hosts.base import open_bench
 from kd_det.hosts.detectron2.datasets import register_datasets
-from kd_det.hosts.detectron2.train import run
+from kd_det.hosts.detectron2.train import run_in_process
 from kd_det.visualize.draw import draw
+from kd_det.visualize.periodic import start_pictures
 from kd_det.visualize.run import visualize
 from kd_det.visualize.subject import find_subject
 from kd_det.visualize.watch import watching
@@ -53,7 +54,7 @@ def test_a_detector_trains_bit_identically_with_pictures(teachers, digits, tmp_p
         cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path / name), "VIS_PERIOD", period])
         (tmp_path / name).mkdir()
         seed_all_rng(cfg.SEED)
-        run(cfg)
+        run_in_process(cfg, pictures=start_pictures)
         weights.append(torch.load(tmp_path / name / "model_final.pth", weights_only=False)["model"])
     plain, drawn = weights
     assert plain.keys() == drawn.keys()
@@ -83,7 +84,7 @@ def test_every_meta_architecture_can_be_drawn(teachers, name, kinds):
 
 def test_images_of_nobodys_annotation_pass_a_training_forward(teachers, digits, tmp_path):
     cfg = make_small(distilled_cfg("mask", teachers("mask"), SOFT), digits, tmp_path)
-    bench = open_workbench(cfg)
+    bench = open_bench(cfg)
     pictures = [
         torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in ((90, 70), (64, 96))
     ]

@@ -7,10 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_det.app.quickstart.hosts import HOSTS
-from kd_det.app.quickstart.run import quickstart
+from kd_det.app.quickstart.run import HOSTS, quickstart
 from kd_det.core.errors import KDError
-from kd_det.hosts.base import require_detectron2
 
 _DESCRIPTION = """\
 A small detector learns from a large one, on real images, in minutes. Overrides of config keys come
@@ -43,8 +41,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        if args.host == "detectron2":
-            require_detectron2()
         quickstart(args.host, args.output, args.opts)
     except KDError as error:
         print(f"error: {error}", file=sys.stderr)

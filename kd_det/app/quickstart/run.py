@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,15 +28,21 @@ from rich.table import Table
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from kd_det.app.quickstart.hosts import HOSTS, Host, Results, finished
 from kd_det.app.quickstart.pictures import draw_curves
 from kd_det.bench.workbench import Detections, Workbench, parameters
 from kd_det.data.catalogue import data_root
 from kd_det.data.digits.detection import DigitsSpec, write_digits
 from kd_det.document.detections import draw_detections
-from kd_det.run.folder import FINAL
+from kd_det.hosts.base import Host, get_host
+from kd_det.run.folder import CONFIG, FINAL, LOG, RESULTS
+from kd_det.run.plan import Results, Start
 
 CONFIGS = Path("configs")  # those of the package where the working directory has none
+HOSTS = {"torchvision_detection": "digits_torchvision", "detectron2": "digits"}
+"""The folder below ``configs/`` of each host with ``teacher_frcnn.yaml`` and its students."""
+
+# Loggers of the hosts' libraries, whose messages go to a file.
+_LOGGERS = ("py.warnings", "kd_det", "lightning", "lightning.pytorch", "detectron2", "fvcore")
 _TIMED_IMAGES = 30
 # Two thirds of the schedules in the configs, so that two slow cores need no quarter of an hour.
 _TEACHER_SCHEDULE = ("SOLVER.MAX_ITER", "800", "SOLVER.STEPS", "(600, 730)")
@@ -64,16 +72,16 @@ def quickstart(host_name: str, output: Path, opts: Sequence[str] = ()) -> dict[s
     """Run or continue all phases and write table and pictures below ``output``.
 
     Args:
-        host_name: a key of :data:`kd_det.app.quickstart.hosts.HOSTS`.
+        host_name: a key of :data:`HOSTS`.
         output: folder of all runs and pictures.
         opts: further config overrides, the same for all phases.
 
     Returns:
         Results per phase.
     """
-    # The screen of this moment: while a host runs, standard output is a log file.
+    host = get_host(host_name)
+    # Of the standard output as it is now: while a host runs, that is a log file.
     console = Console(file=sys.stdout)
-    host = HOSTS[host_name]()
     runs = output / host_name
     started = time.monotonic()
     console.print(
@@ -96,7 +104,7 @@ def quickstart(host_name: str, output: Path, opts: Sequence[str] = ()) -> dict[s
         for phase in PHASES:
             results[phase.name] = _train(host, phase, runs, opts, progress)
     console.print(f"Trained in {(time.monotonic() - started) / 60:.1f} minutes.\n")
-    benches = {phase: host.load(runs / phase.name) for phase in PHASES}
+    benches = {phase: _open_bench(host, runs / phase.name) for phase in PHASES}
     images, truth = _validation_images(*data["digits_val"])
     console.print(_table(benches, results, images))
     output.mkdir(parents=True, exist_ok=True)
@@ -117,7 +125,7 @@ def _write_data(progress: Progress) -> dict[str, tuple[Path, Path]]:
     total = spec.train_images + spec.val_images
     task = progress.add_task("images of digits", total=total)
     data = write_digits(
-        data_root() / "digits", spec, lambda done, of: progress.update(task, completed=done)
+        data_root() / "digits", spec, lambda done, _: progress.update(task, completed=done)
     )
     progress.update(task, completed=total)
     return data
@@ -128,29 +136,56 @@ def _train(
 ) -> Results:
     output = runs / phase.name
     task = progress.add_task(phase.label, total=None)
-    done = finished(output)
-    if done is not None:
+    results = output / RESULTS
+    if results.is_file():
         progress.update(task, total=1, completed=1, description=f"{phase.label} (done before)")
-        return done
+        return json.loads(results.read_text())
 
-    def report(stage: str, completed: int, total: int) -> None:
+    def report(activity: str, completed: int, total: int) -> None:
         # One bar per phase, over training iterations; evaluations in between only change its name.
-        if stage == "train":
+        if activity == "train":
             progress.update(task, completed=completed, total=total, description=phase.label)
         else:
             progress.update(task, description=f"{phase.label}, evaluating")
 
-    teacher = runs / TEACHER.name
-    folder = CONFIGS / host.configs
+    teacher, folder = runs / TEACHER.name, CONFIGS / HOSTS[host.name]
     overrides = [
         *("KD.TEACHER.CONFIG_FILE", str(folder / TEACHER.config)),
         *("KD.TEACHER.WEIGHTS", str(teacher / FINAL)),
         *(_TEACHER_SCHEDULE if phase is TEACHER else _STUDENT_SCHEDULE),
         *opts,
+        *("OUTPUT_DIR", str(output)),
     ]
-    results = host.train(folder / phase.config, overrides, output, report)
+    cfg = host.load_config(str(folder / phase.config), overrides)
+    with log_to(output / LOG):
+        found = host.run(cfg, Start(resume=True), progress=report)
     progress.update(task, description=phase.label)
-    return results
+    return found
+
+
+def _open_bench(host: Host, output: Path) -> Workbench:
+    """The trained plain student of a finished run."""
+    cfg = host.load_config(str(output / CONFIG), ())
+    return host.open_bench(cfg, str(output / FINAL), False)
+
+
+@contextlib.contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Send what libraries print and log to a file, so that the screen shows progress only."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file, contextlib.redirect_stdout(file):
+        handler = logging.StreamHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+        for name in _LOGGERS:
+            logger = logging.getLogger(name)
+            logger.setLevel(logging.INFO)
+            logger.propagate = False
+            logger.handlers = [handler]
+        logging.captureWarnings(True)
+        try:
+            yield
+        finally:
+            logging.captureWarnings(False)
 
 
 def _validation_images(json_file: Path, root: Path) -> tuple[list[Tensor], list[Detections]]:
@@ -208,7 +243,7 @@ def _milliseconds(bench: Workbench, images: Sequence[Tensor]) -> float:
 
 
 def _next_step(host_name: str) -> str:
-    folder = HOSTS[host_name].configs
+    folder = HOSTS[host_name]
     return (
         "Next, with your own data in COCO format: train a teacher with\n"
         f"  kd-det train --config-file configs/{folder}/teacher_frcnn.yaml "

@@ -73,8 +73,9 @@ def _distillation(cfg: CfgNode, student: nn.Module) -> Distillation:
     if cfg.KD.JOINT.ENABLED:
         return Distillation(terms, None, None, _booster(cfg, student), *common, balance=balance)
     class_map = build_class_map(cfg)
-    teacher, statistics = build_teacher(cfg)
-    return Distillation(terms, teacher, statistics, None, *common, class_map, balance)
+    teacher = build_teacher(cfg)
+    statistics = Statistics(teacher.cfg.MODEL.PIXEL_MEAN, teacher.cfg.MODEL.PIXEL_STD)
+    return Distillation(terms, teacher.frozen, statistics, None, *common, class_map, balance)
 
 
 def _booster(cfg: CfgNode, student: nn.Module) -> Booster:

@@ -13,6 +13,7 @@ from fvcore.common.config import CfgNode
 from kd_det.core.errors import check_choice, fail
 from kd_det.procedures.base import BOOSTER, LABELS, MIXED_BATCHES, check_procedures
 from kd_det.run.config import add_kd_config, merge_config
+from kd_det.run.yaml_files import ConfigFile
 
 CROPS = ("pad", "resized", "none")
 OFFERS = frozenset({LABELS, MIXED_BATCHES, BOOSTER})
@@ -33,14 +34,15 @@ def get_cfg() -> CfgNode:
     return cfg
 
 
-def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
-    """The defaults with a file and overrides merged in, checked.
+def load_config(config: str | ConfigFile, opts: Sequence[str] = ()) -> CfgNode:
+    """The defaults with a file and overrides merged in, checked and frozen.
 
     Raises:
         KDError: see :func:`kd_det.run.config.merge_config` and :func:`check_config`.
     """
-    cfg = merge_config(get_cfg(), config_file, opts)
+    cfg = merge_config(get_cfg(), config, opts)
     check_config(cfg)
+    cfg.freeze()
     return cfg
 
 

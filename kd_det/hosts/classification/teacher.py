@@ -7,9 +7,9 @@ from fvcore.common.config import CfgNode
 
 from kd_det.core.checkpoint import SUFFIXES
 from kd_det.core.teacher import FrozenTeacher, check_teacher_config, check_teacher_weights
+from kd_det.hosts.base import Teacher
 from kd_det.hosts.classification.config import load_config
 from kd_det.hosts.classification.data import SOURCES, single
-from kd_det.hosts.classification.model import Statistics
 from kd_det.hosts.classification.models import build_classifier
 from kd_det.run.yaml_files import config_path
 
@@ -35,8 +35,8 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     return load_config(config_file)
 
 
-def build_teacher(cfg: CfgNode) -> tuple[FrozenTeacher, Statistics]:
-    """The frozen teacher that ``cfg.KD.TEACHER`` describes, on the CPU, and its pixel statistics.
+def build_teacher(cfg: CfgNode) -> Teacher:
+    """The frozen teacher that ``cfg.KD.TEACHER`` describes, on the CPU.
 
     Random number streams are left as they were.
 
@@ -53,5 +53,4 @@ def build_teacher(cfg: CfgNode) -> tuple[FrozenTeacher, Statistics]:
     check_teacher_weights(weights, node.CONFIG_FILE, node.ALLOW_RANDOM)
     with torch.random.fork_rng(devices=[]):
         model = build_classifier(teacher_cfg.MODEL.NAME, num_classes(teacher_cfg), weights)
-    statistics = Statistics(teacher_cfg.MODEL.PIXEL_MEAN, teacher_cfg.MODEL.PIXEL_STD)
-    return FrozenTeacher(model), statistics
+    return Teacher(FrozenTeacher(model), teacher_cfg)

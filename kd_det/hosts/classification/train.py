@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,80 +11,76 @@ import lightning.pytorch as pl
 from fvcore.common.config import CfgNode
 
 from kd_det.core.errors import fail
+from kd_det.hosts.base import MakePictures, Progress
 from kd_det.hosts.classification.build import build_training_model, training_procedures
-from kd_det.hosts.classification.config import check_config, load_config
+from kd_det.hosts.classification.config import check_config
 from kd_det.hosts.classification.data import ClassificationData
 from kd_det.hosts.classification.lit import LitClassifier
 from kd_det.hosts.classification.loaders import train_loader
 from kd_det.hosts.classification.model import DistilledClassifier
-from kd_det.hosts.lightning import entry
-from kd_det.hosts.lightning.module import Results
+from kd_det.hosts.lightning.conduct import conduct
 from kd_det.hosts.lightning.pre_stage import prepare_run
-from kd_det.hosts.lightning.progress import RunProgressBar
+from kd_det.hosts.lightning.progress import progress_callback
 from kd_det.hosts.lightning.run import Run, open_run
+from kd_det.hosts.lightning.run import check_run as check_lightning_run
 from kd_det.hosts.lightning.trainer import build_trainer
 from kd_det.procedures.base import active_procedures
 from kd_det.run.curves import CurveTag
+from kd_det.run.plan import NEW, Results, Start
 
 
-def main(args: argparse.Namespace) -> Results:
-    """See :func:`kd_det.hosts.lightning.entry.main`."""
-    return entry.main(args, load_config, run)
+def check_run(cfg: CfgNode, start: Start) -> None:
+    """See :class:`kd_det.hosts.base.Host`."""
+    check_config(cfg)
+    check_lightning_run(cfg, start)
 
 
 def run(
     cfg: CfgNode,
-    resume: bool = False,
-    eval_only: bool = False,
+    start: Start = NEW,
+    *,
+    progress: Progress | None = None,
+    pictures: MakePictures | None = None,
     callbacks: Sequence[pl.Callback] = (),
-    num_gpus: int = 1,
-    num_machines: int = 1,
 ) -> Results:
-    """Train as a config says, evaluate, and leave everything in ``OUTPUT_DIR``.
-
-    Args:
-        cfg: a config of this host.
-        resume: go on from ``last.ckpt``, which is written after every epoch, if it is there.
-        eval_only: evaluate ``MODEL.WEIGHTS``, or else what ``OUTPUT_DIR`` holds.
-        callbacks: further Lightning callbacks.
-        num_gpus: processes on this machine where ``MODEL.DEVICE`` is ``cuda``.
-        num_machines: machines of the run.
+    """See :class:`kd_det.hosts.base.RunHost`.
 
     Returns:
         ``{"accuracy": {"top1": last, "top1_best": best, ...}}`` in percent; ``"cost"``, where a
         procedure reports one, is the share of plain distillation's computation in percent.
-
-    Raises:
-        KDError: anything that would fail later, before training and before anything is written.
     """
     check_config(cfg)
-    with open_run(cfg, resume, eval_only, num_gpus, num_machines) as this:
+    with open_run(cfg, start) as run_context:
+        seed, training = run_context.seed, not start.eval_only
         test_data = ClassificationData(cfg, training=False)
-        train_data = None if eval_only else ClassificationData(cfg, training=True)
-        pl.seed_everything(this.seed, verbose=False)
-        model = build_training_model(cfg, this.weights, distilled=not eval_only)
+        train_data = ClassificationData(cfg, training=True) if training else None
+        pl.seed_everything(seed, verbose=False)
+        model = build_training_model(cfg, run_context.weights, distilled=training)
         _check(cfg, model)
         tag = CurveTag([*cfg.KD.TERMS])
-        trainer = _trainer(this, tag, [RunProgressBar(tag), *callbacks])
+        bar = progress_callback(tag, progress)
+        trainer = _trainer(run_context, tag, [bar, *callbacks], pictures)
         procedures = None
         if train_data is not None:
-            procedures = training_procedures(cfg, train_data, this.seed, trainer.global_rank)
-        lit = LitClassifier(model, cfg, this.seed, train_data, test_data, procedures)
-        pre_stage = partial(_before_run, this, lit, tag)
-        return entry.conduct(this, lit, trainer, pre_stage, save_at_end=False)
+            procedures = training_procedures(cfg, train_data, seed, trainer.global_rank)
+        lit = LitClassifier(model, cfg, seed, train_data, test_data, procedures)
+        before = partial(_before_run, run_context, lit, tag, progress)
+        return conduct(run_context, lit, trainer, before, save_at_end=False)
 
 
-def _before_run(this: Run, lit: LitClassifier, tag: CurveTag) -> None:
-    """What the terms learn from the teacher beforehand, on the training set as the run sees it."""
-    model, data, cfg = lit.model, lit.train_data, this.cfg
+def _before_run(
+    run_context: Run, lit: LitClassifier, tag: CurveTag, progress: Progress | None
+) -> None:
+    """Train what the terms learn from the teacher beforehand, on the run's own training data."""
+    model, data, cfg = lit.model, lit.train_data, run_context.cfg
     assert data is not None
     prepare_run(
-        this,
+        run_context,
         lit,
         captures=lambda batch: model.teacher_captures(batch[0]),
         loader=lambda total, done, rank, world: train_loader(cfg, data, lit.seed, rank, world),
         epoch=math.ceil(len(data) / cfg.SOLVER.IMS_PER_BATCH),
-        callbacks=[RunProgressBar(tag, "Pre-stage")],
+        callbacks=[progress_callback(tag, progress, "Pre-stage")],
     )
 
 
@@ -98,16 +93,22 @@ def _check(cfg: CfgNode, model: DistilledClassifier) -> None:
         )
 
 
-def _trainer(this: Run, tag: CurveTag, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
-    cfg = this.cfg
-    if this.hardware["strategy"] == "ddp" and cfg.KD.ENABLED and not cfg.KD.TASK_WEIGHT:
+def _trainer(
+    run_context: Run,
+    tag: CurveTag,
+    callbacks: Sequence[pl.Callback],
+    pictures: MakePictures | None,
+) -> pl.Trainer:
+    cfg, hardware = run_context.cfg, run_context.hardware
+    if hardware["strategy"] == "ddp" and cfg.KD.ENABLED and not cfg.KD.TASK_WEIGHT:
         # Without the task losses the classifier's last layers take no part.
         strategy = {"strategy": "ddp_find_unused_parameters_true"}
-        this = replace(this, hardware=this.hardware | strategy)
+        run_context = replace(run_context, hardware=hardware | strategy)
     return build_trainer(
-        this,
+        run_context,
         tag,
         callbacks,
+        pictures,
         saving={"every_n_epochs": 1, "save_on_train_epoch_end": True},
         max_epochs=cfg.SOLVER.MAX_EPOCH,
         max_steps=cfg.SOLVER.MAX_ITER or -1,

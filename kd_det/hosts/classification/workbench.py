@@ -49,8 +49,8 @@ from kd_det.run.devices import check_devices
 _TOP_K = (1, 5)
 
 
-def open_workbench(cfg: CfgNode, weights: str = "", distilled: bool = True) -> Workbench:
-    """See :func:`kd_det.bench.workbench.open_workbench`."""
+def open_bench(cfg: CfgNode, weights: str = "", distilled: bool = True) -> Workbench:
+    """See :func:`kd_det.hosts.base.open_bench`."""
     check_config(cfg)
     check_devices(cfg.MODEL.DEVICE, 1)
     cfg = cfg.clone()

@@ -7,14 +7,13 @@ from kd_det.hosts.detectron2.meta_arch import (
     DistilledRCNN,
     DistilledRetinaNet,
 )
-from kd_det.hosts.detectron2.teacher import Teacher, build_teacher
+from kd_det.hosts.detectron2.teacher import build_teacher
 
 __all__ = [
     "Distillation",
     "DistilledFCOS",
     "DistilledRCNN",
     "DistilledRetinaNet",
-    "Teacher",
     "add_kd_config",
     "build_teacher",
     "get_cfg",

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_stock_cfg
 
 import kd_det.run.config
 from kd_det.hosts.detectron2.backbones import add_backbone_config
+from kd_det.hosts.detectron2.datasets import register_datasets
+from kd_det.run.config import merge_config
+from kd_det.run.yaml_files import ConfigFile
 
 
 def get_cfg() -> CfgNode:
     """Detectron2's defaults plus the keys of kd_det."""
     cfg = get_stock_cfg()
     add_kd_config(cfg)
+    return cfg
+
+
+def load_config(config: str | ConfigFile, opts: Sequence[str] = ()) -> CfgNode:
+    """The defaults with a file and overrides merged in, checked and frozen.
+
+    The data sets of ``DATASETS.COCO_JSON`` are registered.
+
+    Raises:
+        KDError: see :func:`kd_det.run.config.merge_config` and
+            :func:`kd_det.hosts.detectron2.datasets.register_datasets`.
+    """
+    cfg = merge_config(get_cfg(), config, opts)
+    register_datasets(cfg)
+    cfg.freeze()
     return cfg
 
 

@@ -19,13 +19,14 @@ from torch.nn import functional as F
 
 from kd_det.balance import build_balance
 from kd_det.core.errors import fail
+from kd_det.hosts.base import Teacher
 from kd_det.hosts.detection.distillation import DistillationBranch, DistillationPlan
 from kd_det.hosts.detection.family import IMAGES
 from kd_det.hosts.detection.heads import Detector
 from kd_det.hosts.detectron2.classes import build_class_map
 from kd_det.hosts.detectron2.family import FAMILY
 from kd_det.hosts.detectron2.fcos import ConfigurableFCOS
-from kd_det.hosts.detectron2.teacher import Teacher, build_teacher
+from kd_det.hosts.detectron2.teacher import build_teacher
 from kd_det.procedures.base import reads_uncertainties
 from kd_det.run.config import read_terms
 
@@ -36,14 +37,19 @@ class Distillation(DistillationPlan):
 
     Attributes:
         input_format: channel order of the student's images (``INPUT.FORMAT``).
-        teacher_format: likewise of the teacher's.
+        teacher_cfg: the teacher's own config; None where its images have the student's order.
 
     Raises:
         KDError: orders that cannot be converted into each other without loss.
     """
 
     input_format: str = "BGR"
-    teacher_format: str = "BGR"
+    teacher_cfg: CfgNode | None = None
+
+    @property
+    def teacher_format(self) -> str:
+        """Channel order of the teacher's images."""
+        return self.teacher_cfg.INPUT.FORMAT if self.teacher_cfg else self.input_format
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,7 +83,7 @@ class Distillation(DistillationPlan):
             class_map,
             build_balance(cfg, terms),
             cfg.INPUT.FORMAT,
-            teacher.input_format,
+            teacher.cfg,
         )
 
 
@@ -97,7 +103,7 @@ class DistillMixin(DistillationBranch):
         super().__init__(**kwargs)
         self.teacher: Teacher | None = None
         if distillation is not None:
-            self.teacher = Teacher(distillation.teacher, distillation.teacher_format)
+            self.teacher = Teacher(distillation.teacher, distillation.teacher_cfg)
             self._flip_channels = distillation.input_format != distillation.teacher_format
         self.attach(distillation)
 

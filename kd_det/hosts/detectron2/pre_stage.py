@@ -22,13 +22,13 @@ from kd_det.core.class_map import ClassMap
 from kd_det.core.distributed import rank
 from kd_det.core.errors import fail
 from kd_det.core.taps import Tap, TapRecorder
+from kd_det.hosts.base import Teacher
 from kd_det.hosts.detection.heads import TeacherStep
 from kd_det.hosts.detectron2.datasets import training_dicts
 from kd_det.hosts.detectron2.family import FAMILY
 from kd_det.hosts.detectron2.heads import BOXES
 from kd_det.hosts.detectron2.meta_arch import reordered
 from kd_det.hosts.detectron2.progress import ProgressBar, ShowProgress
-from kd_det.hosts.detectron2.teacher import Teacher
 from kd_det.hosts.detectron2.trainer import Trainer, data_parallel, unwrap
 from kd_det.hosts.detectron2.writers import PERIOD, build_writers
 from kd_det.procedures.base import BeforeRun, before_run, on_losses_built
@@ -131,7 +131,7 @@ class TeacherCaptures:
         class_map: ClassMap | None = None,
     ) -> None:
         self._frozen, self._class_map = teacher.frozen, class_map
-        self._flip = input_format != teacher.input_format
+        self._flip = input_format != teacher.cfg.INPUT.FORMAT
         known = FAMILY.features(teacher.frozen.model, wanted).taps
         taps = {name: tap for name, tap in known.items() if name in wanted}
         of_boxes = FAMILY.with_rows("RoIs")

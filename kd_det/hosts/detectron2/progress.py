@@ -1,17 +1,15 @@
-"""The bar of a run on a terminal: time left, task losses and terms at a glance."""
+"""The bar of a run on a terminal (time left, task losses, terms), and the log of the run."""
 
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
-from unittest import mock
+from contextlib import contextmanager, redirect_stdout
 
-import detectron2.engine.defaults
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.engine.hooks import HookBase
@@ -28,6 +26,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from kd_det.hosts.base import Progress as Report
 from kd_det.hosts.lightning.loss_table import loss_table
 from kd_det.run.curves import CurveTag
 
@@ -70,7 +69,7 @@ class ProgressBar(Progress):
         yield self.losses
 
     def finish(self, results: Mapping[str, Mapping[str, float]]) -> None:
-        """Say that the run is over, and what it reached.
+        """Show that the run is over, and its results.
 
         Args:
             results: ``{"bbox": {"AP": ...}}`` in percent; values of single classes are left out.
@@ -82,6 +81,20 @@ class ProgressBar(Progress):
         self.losses = ""
 
 
+class ReportProgress(HookBase):
+    """Calls a function after every iteration, in place of a bar.
+
+    Args:
+        report: see :data:`kd_det.hosts.base.Progress`.
+    """
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+
+    def after_step(self) -> None:
+        self.report("train", self.trainer.iter + 1, self.trainer.max_iter)
+
+
 class ShowProgress(HookBase):
     """Moves the bar of a run. Must come before the hook that evaluates, which takes a while.
 
@@ -89,7 +102,7 @@ class ShowProgress(HookBase):
         bar: it shows this run until the next one takes it.
         tag: of the run's scalars.
         eval_period: ``TEST.EVAL_PERIOD``; None where nothing is evaluated, not even at the end.
-        name: of what is going on.
+        name: shown before the bar.
     """
 
     def __init__(
@@ -153,15 +166,20 @@ def progress_bar(wanted: bool = True) -> Iterator[ProgressBar | None]:
 
 
 def setup_logging(
-    cfg: CfgNode, args: argparse.Namespace, bar: ProgressBar | None, package: str
+    cfg: CfgNode,
+    args: argparse.Namespace,
+    bar: ProgressBar | None,
+    package: str,
+    on_screen: bool = True,
 ) -> None:
-    """Detectron2's setup of a run, and its log for ``package``; all of it in ``log.txt``.
+    """Detectron2's setup of a run, with the log of ``package`` beside its own, in ``log.txt``.
 
     Args:
-        cfg: of the run.
-        args: the command line.
-        bar: where there is one, the screen has nothing but warnings beside it.
-        package: whose log joins Detectron2's own.
+        cfg: the config of the run.
+        args: is logged as the command line.
+        bar: where there is one, the screen shows warnings only, above it.
+        package: the name of a logger.
+        on_screen: show the log on the screen, where there is no bar.
     """
     names = (*_STOCK_LOGS, package)
     for name in names:
@@ -169,12 +187,18 @@ def setup_logging(
         # handlers of all before it.
         logging.getLogger(name).handlers.clear()
     setup_logger.cache_clear()
-    setup = partial(setup_logger, configure_stdout=bar is None)
-    # It takes no such argument.
-    with mock.patch.object(detectron2.engine.defaults, "setup_logger", setup):
+    on_screen = on_screen and bar is None
+    screen = sys.stdout if on_screen else io.StringIO()
+    with redirect_stdout(screen):
         default_setup(cfg, args)
-    setup(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=package)
-    if bar is not None:
-        warnings = RichHandler(logging.WARNING, bar.console, show_time=False, show_path=False)
-        for name in names:
-            logging.getLogger(name).addHandler(warnings)
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=package)
+    for log in map(logging.getLogger, names):
+        if not on_screen:
+            # Detectron2's setup cannot be called without a handler for the screen.
+            hidden = [x for x in log.handlers if getattr(x, "stream", None) is screen]
+            for handler in hidden:
+                log.removeHandler(handler)
+        if bar is not None:
+            log.addHandler(
+                RichHandler(logging.WARNING, bar.console, show_time=False, show_path=False)
+            )

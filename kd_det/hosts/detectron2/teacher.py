@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,19 +13,12 @@ from detectron2.utils.file_io import PathManager
 from kd_det.core.checkpoint import read_weights
 from kd_det.core.errors import fail, nearest
 from kd_det.core.teacher import FrozenTeacher, check_teacher_weights, load_strict
+from kd_det.hosts.base import Teacher
 from kd_det.hosts.detectron2.config import get_cfg
 from kd_det.run.yaml_files import config_path, merge_file
 
 # Buffers that older Detectron2 files store and newer models do not, or the reverse.
 _OPTIONAL_KEYS = ("anchor_generator.cell_anchors", "pixel_mean", "pixel_std", "num_batches_tracked")
-
-
-@dataclass
-class Teacher:
-    """A frozen teacher and the channel order of its images (``INPUT.FORMAT``)."""
-
-    frozen: FrozenTeacher
-    input_format: str
 
 
 def build_teacher(cfg: CfgNode) -> Teacher:
@@ -49,7 +41,7 @@ def build_teacher(cfg: CfgNode) -> Teacher:
         model = build_model(teacher_cfg)
     if weights is not None:
         load_strict(model, weights, node.WEIGHTS, _OPTIONAL_KEYS)
-    return Teacher(FrozenTeacher(model), teacher_cfg.INPUT.FORMAT)
+    return Teacher(FrozenTeacher(model), teacher_cfg)
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:
@@ -63,6 +55,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     teacher_cfg.defrost()
     teacher_cfg.KD.ENABLED = False  # a distilled student may teach in turn
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
+    teacher_cfg.freeze()
     return teacher_cfg
 
 

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import importlib
+import logging
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
-from unittest import mock
 
-import detectron2.engine.defaults
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, create_ddp_model
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    SimpleTrainer,
+    TrainerBase,
+    create_ddp_model,
+)
 from detectron2.engine.hooks import HookBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
+from detectron2.utils.logger import setup_logger
 
 from kd_det.core.checkpoint import load_distiller
 from kd_det.core.distiller import Distiller
 from kd_det.core.errors import fail
+from kd_det.hosts.base import MakePictures
+from kd_det.hosts.detectron2.pictures import DrawPictures
 from kd_det.hosts.detectron2.procedures import ProcedureHook, TrainingData, with_new_names
 from kd_det.hosts.detectron2.progress import ProgressBar, ShowProgress
 from kd_det.hosts.detectron2.writers import RecordMetrics, build_writers
@@ -38,6 +46,7 @@ class Trainer(DefaultTrainer):
         cfg: a frozen config of this host.
         extra_hooks: further hooks, after all others.
         bar: shows the run on a terminal.
+        pictures: see :class:`kd_det.hosts.base.RunHost`.
     """
 
     def __init__(
@@ -45,20 +54,34 @@ class Trainer(DefaultTrainer):
         cfg: CfgNode,
         extra_hooks: Sequence[HookBase] = (),
         bar: ProgressBar | None = None,
+        pictures: MakePictures | None = None,
     ) -> None:
-        self._bar = bar
+        # Not the constructor of DefaultTrainer: its DDP is for models on a GPU only. The parts are
+        # the same, in the same order, which decides the random numbers of their parameters.
+        TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        self._bar, self._pictures = bar, pictures
         # Before the plan of the procedures, which counts batches.
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-        data = TrainingData(cfg)
+        data = TrainingData(self.auto_scale_workers(cfg, comm.get_world_size()))
         cfg = data.cfg
         self._procedure_hooks: list[ProcedureHook] = []
         if data.procedures:
             self._procedure_hooks = [ProcedureHook(data)]
-            # The stock constructor asks its own instance for the loader.
             self.build_train_loader = data.build_loader  # type: ignore[method-assign]
-        with _ddp_for(cfg.MODEL.DEVICE):
-            super().__init__(cfg)
-        self.register_hooks([_ReportSilentTerms(), *extra_hooks])
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        model = data_parallel(model, cfg.MODEL.DEVICE, broadcast_buffers=False)
+        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = trainer(model, loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = DetectionCheckpointer(
+            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks([*self.build_hooks(), _ReportSilentTerms(), *extra_hooks])
 
     @property
     def distiller(self) -> Distiller | None:
@@ -66,13 +89,12 @@ class Trainer(DefaultTrainer):
         return getattr(unwrap(self.model), "distiller", None)
 
     def build_hooks(self) -> list[HookBase]:
-        """The stock hooks, which save, evaluate and write, and before them what they need."""
+        """The stock hooks, which save, evaluate and write, and before them those that they need."""
         cfg = self.cfg
         own: list[HookBase] = list(self._procedure_hooks)
         own.append(RecordMetrics(self.distiller, torch.device(cfg.MODEL.DEVICE)))
-        if cfg.VIS_PERIOD > 0 and self.distiller is not None:
-            # It stands above all hosts, and draws with libraries that no other run needs.
-            own.append(importlib.import_module("kd_det.visualize.hook").VisualizeHook(cfg))
+        if self._pictures is not None and cfg.VIS_PERIOD > 0 and self.distiller is not None:
+            own.append(DrawPictures(cfg, self._pictures))
         if self._bar is not None:
             evaluated = cfg.TEST.EVAL_PERIOD if cfg.DATASETS.TEST else None
             own.append(ShowProgress(self._bar, self._tag, evaluated))
@@ -90,7 +112,7 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """As usual, except that ``MODEL.WEIGHTS`` start the student only.
 
-        What the losses learn starts from ``KD.WEIGHTS``, or anew.
+        The adaptors of the losses start from ``KD.WEIGHTS``, or anew.
         """
         started = resume and self.checkpointer.has_checkpoint()
         distiller = None if started else self.distiller
@@ -137,7 +159,7 @@ class Trainer(DefaultTrainer):
 
 @contextmanager
 def student_start(distiller: Distiller | None, cfg: CfgNode) -> Iterator[None]:
-    """What is loaded inside starts the student only; losses start from ``KD.WEIGHTS``, or anew."""
+    """Weights loaded inside start the student only; losses start from ``KD.WEIGHTS``, or anew."""
     own = {k: v.clone() for k, v in distiller.state_dict().items()} if distiller else {}
     yield
     if distiller is not None:
@@ -175,11 +197,3 @@ class _ReportSilentTerms(HookBase):
     def after_train(self) -> None:
         if self.trainer.distiller is not None and comm.is_main_process():
             self.trainer.distiller.report_silent()
-
-
-@contextmanager
-def _ddp_for(device: str) -> Iterator[None]:
-    """Let ``DefaultTrainer``, whose constructor takes no ``device_ids``, wrap a CPU model."""
-    on_device = partial(data_parallel, device=device)
-    with mock.patch.object(detectron2.engine.defaults, "create_ddp_model", on_device):
-        yield

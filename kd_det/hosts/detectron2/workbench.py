@@ -59,6 +59,7 @@ from kd_det.hosts.detectron2.export import export_student
 from kd_det.hosts.detectron2.heads import BOXES, BoxHead, num_box_stages
 from kd_det.hosts.detectron2.procedures import check_run_procedures
 from kd_det.hosts.detectron2.teacher import teacher_config
+from kd_det.hosts.detectron2.train import check_weights
 from kd_det.hosts.detectron2.trainer import student_start
 from kd_det.procedures.base import TrainingSet, build_procedures
 from kd_det.run.class_names import fitting_names, translated, translation
@@ -67,8 +68,8 @@ from kd_det.run.devices import check_devices
 _GREY = torch.full((3, 480, 640), 128, dtype=torch.uint8)
 
 
-def open_workbench(cfg: CfgNode, weights: str = "", distilled: bool = True) -> Workbench:
-    """See :func:`kd_det.bench.workbench.open_workbench`."""
+def open_bench(cfg: CfgNode, weights: str = "", distilled: bool = True) -> Workbench:
+    """See :func:`kd_det.hosts.base.open_bench`."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.KD.ENABLED = cfg.KD.ENABLED and distilled
@@ -88,7 +89,7 @@ def open_workbench(cfg: CfgNode, weights: str = "", distilled: bool = True) -> W
         if distiller is not None:
             load_learned(distiller, path)
     else:
-        _check_start(cfg.MODEL.WEIGHTS)
+        check_weights(cfg.MODEL.WEIGHTS)
         with student_start(distiller, cfg):
             DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     return Detectron2Workbench(cfg, model)
@@ -303,21 +304,6 @@ class _SomeImages(COCOEvaluator):
 
     def evaluate(self) -> Any:
         return super().evaluate(img_ids=self._images)
-
-
-def _check_start(weights: str) -> None:
-    """Say which key names a file that is not there; Detectron2 would fail an assertion.
-
-    Raises:
-        KDError: ``MODEL.WEIGHTS`` is a path to no file; addresses are Detectron2's matter.
-    """
-    path = weights.partition("?")[0]  # options of the loader follow
-    if path and "://" not in path and not Path(path).is_file():
-        fail(
-            expected="MODEL.WEIGHTS to be a file, an address, or empty",
-            received=f"'{weights}', where no file is",
-            remedy="correct the path, or set MODEL.WEIGHTS '' to start at random",
-        )
 
 
 def _detect(model: nn.Module, example: dict[str, Any]) -> Detections:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import warnings
@@ -11,36 +10,29 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from kd_det.run.devices import check_devices
+from kd_det.run.plan import Start
 
 logger = logging.getLogger(__name__)
 
 
-def announce_rendezvous(args: argparse.Namespace) -> int:
-    """Tell Lightning where several machines meet; returns their number."""
-    machines = getattr(args, "num_machines", 1)
-    if machines > 1 and "WORLD_SIZE" not in os.environ:
-        # Lightning reads the rendezvous from the environment.
-        address = str(args.dist_url).rpartition("//")[2].partition(":")
-        os.environ.update(
-            MASTER_ADDR=address[0], MASTER_PORT=address[2], NODE_RANK=str(args.machine_rank)
-        )
-    return machines
+def announce_rendezvous(start: Start) -> None:
+    """Put the place where several machines meet into the environment, where Lightning reads it."""
+    if start.num_machines > 1 and "WORLD_SIZE" not in os.environ:
+        address, _, port = start.dist_url.rpartition("//")[2].partition(":")
+        os.environ.update(MASTER_ADDR=address, MASTER_PORT=port, NODE_RANK=str(start.machine_rank))
 
 
-def hardware_arguments(cfg: CfgNode, num_gpus: int, num_machines: int) -> dict[str, Any]:
-    """Lightning's arguments for devices, checked."""
+def hardware_arguments(cfg: CfgNode, start: Start) -> dict[str, Any]:
+    """Lightning's arguments for devices."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    check_devices(cfg.MODEL.DEVICE, num_gpus)
     on_cpu = cfg.MODEL.DEVICE == "cpu"
-    accelerator = "cpu" if on_cpu else "cuda"
-    devices = local if on_cpu else max(local, num_gpus, 1)
+    devices = local if on_cpu else max(local, start.num_gpus, 1)
     return {
-        "accelerator": accelerator,
+        "accelerator": "cpu" if on_cpu else "cuda",
         "devices": devices,
-        "num_nodes": max(num_machines, world // local),
-        "strategy": "ddp" if max(world, devices * num_machines) > 1 else "auto",
+        "num_nodes": max(start.num_machines, world // local),
+        "strategy": "ddp" if max(world, devices * start.num_machines) > 1 else "auto",
         # The samplers know their rank.
         "use_distributed_sampler": False,
     }

@@ -14,8 +14,7 @@ from kd_det.core.distiller import Distiller
 from kd_det.core.teacher import FrozenTeacher
 from kd_det.hosts.lightning.metrics import LOG_PERIOD
 from kd_det.procedures.base import Procedures, TrainingLoop
-
-Results = dict[str, dict[str, float]]
+from kd_det.run.plan import Results
 
 
 class ResumableModule(LightningModule):

@@ -64,7 +64,7 @@ def prepare_run(
         trainer = _trainer(run, iterations, callbacks)
         pl.seed_everything(run.seed + trainer.global_rank, verbose=False)
         checkpoint = run.output / PRE_STAGE_CHECKPOINT
-        resumed = run.resume and checkpoint.is_file()
+        resumed = run.start.resume and checkpoint.is_file()
         trainer.fit(
             _LitPreStage(model, captures, loader, iterations, run.cfg.KD.PRE_STAGE),
             ckpt_path=str(checkpoint) if resumed else None,
@@ -72,7 +72,7 @@ def prepare_run(
 
     file = run.output / PRE_STAGE
     context = BeforeRun(
-        run.cfg, lit.distiller, lit.teacher, file, run.resume, train, lambda n: n * epoch
+        run.cfg, lit.distiller, lit.teacher, file, run.start.resume, train, lambda n: n * epoch
     )
     if before_run(context) and rank() == 0:
         (run.output / PRE_STAGE_CHECKPOINT).unlink(missing_ok=True)

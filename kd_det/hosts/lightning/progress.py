@@ -1,9 +1,9 @@
-"""Progress of a run: one bar with its losses at a glance, or calls for whoever draws their own."""
+"""Progress of a run: one bar with its losses at a glance, or calls of a function."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -14,14 +14,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.table import Table
 from rich.text import Text
 
+from kd_det.hosts.base import Progress
 from kd_det.hosts.lightning.loss_table import loss_table
 from kd_det.run.curves import CurveTag
-
-Progress = Callable[[str, int, int], None]
 
 _SECONDS = 0.5  # between two readings of the losses, each of which makes a GPU wait
 _REFRESH_RATE = 5
 _BAR_WIDTH = 30
+
+
+def progress_callback(tag: CurveTag, progress: Progress | None, title: str = "") -> Callback:
+    """A progress bar, or calls of ``progress`` in its place.
+
+    Args:
+        tag: see :class:`RunProgressBar`.
+        progress: see :class:`ReportProgress`; None for the bar.
+        title: what is trained, where that is not the run itself; also the name, in lower case,
+            that ``progress`` is called with.
+    """
+    if progress is None:
+        return RunProgressBar(tag, title)
+    return ReportProgress(progress, title.lower() or "train")
 
 
 class RunProgressBar(RichProgressBar):
@@ -92,7 +105,9 @@ class RunProgressBar(RichProgressBar):
         self._read_at = now
         values = {self.tag(k): float(v) for k, v in trainer.callback_metrics.items()}
         results: Mapping[str, Any] = getattr(pl_module, "results", {})
-        firsts = ((kind, next(iter(of.items()))) for kind, of in results.items() if of)
+        firsts = (
+            (kind, next(iter(metrics.items()))) for kind, metrics in results.items() if metrics
+        )
         values |= {f"eval/{kind} {name}": value for kind, (name, value) in firsts}
         self._column.show(values)
 
@@ -124,20 +139,22 @@ class _RunColumn(ProgressColumn):
 
 
 class ReportProgress(Callback):
-    """Tell a function about every batch, in place of a progress bar.
+    """Calls a function after every batch, in place of a progress bar.
 
     Args:
-        report: called with ``"train"`` or ``"evaluate"``, the batches done and those in all.
+        report: called with ``training`` or ``"evaluate"``, the batches done, and the whole.
+        training: the name of what is trained.
     """
 
-    def __init__(self, report: Progress) -> None:
+    def __init__(self, report: Progress, training: str = "train") -> None:
         self.report = report
+        self.training = training
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.report("train", trainer.global_step, trainer.max_steps)
+        self.report(self.training, trainer.global_step, trainer.max_steps)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        self.report("train", trainer.global_step, trainer.max_steps)
+        self.report(self.training, trainer.global_step, trainer.max_steps)
 
     def on_validation_batch_end(
         self,

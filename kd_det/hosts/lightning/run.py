@@ -10,9 +10,15 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from kd_det.hosts.lightning.hardware import common_seed, hardware_arguments, quiet
+from kd_det.hosts.lightning.hardware import (
+    announce_rendezvous,
+    common_seed,
+    hardware_arguments,
+    quiet,
+)
 from kd_det.hosts.lightning.log import RunLog
 from kd_det.hosts.lightning.loggers import check_loggers
+from kd_det.run.devices import check_devices
 from kd_det.run.folder import (
     CHECKPOINT,
     FINAL,
@@ -21,74 +27,79 @@ from kd_det.run.folder import (
     check_writable,
     evaluated_weights,
 )
-from kd_det.run.plan import check_single_run
+from kd_det.run.plan import Start, check_single_run
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a command asks for, checked.
+    """One start of a run, checked.
 
     Attributes:
         cfg: the config of the host.
+        start: how the run is started.
         output: ``OUTPUT_DIR``.
-        seed: in use, also where ``SEED`` is negative.
+        seed: the seed in use, also where ``SEED`` is negative.
         weights: the student's start, or what is evaluated.
-        resume: go on from ``last.ckpt`` if it is there.
-        eval_only: nothing is trained.
         hardware: Lightning's arguments for devices.
-        log: of this start.
+        log: the log of this start.
     """
 
     cfg: CfgNode
+    start: Start
     output: Path
     seed: int
     weights: str
-    resume: bool
-    eval_only: bool
     hardware: dict[str, Any]
     log: RunLog
 
     @property
     def checkpoint(self) -> Path:
-        """What a resumed run goes on from."""
+        """The file that a resumed run goes on from."""
         return self.output / CHECKPOINT
 
     @property
     def resumed(self) -> bool:
         """Whether this start goes on from a checkpoint."""
-        return self.resume and not self.eval_only and self.checkpoint.is_file()
+        return self.start.resume and not self.start.eval_only and self.checkpoint.is_file()
+
+
+def check_run(cfg: CfgNode, start: Start) -> None:
+    """Refuse a run that cannot be carried out here and now. Nothing is written.
+
+    Raises:
+        KDError: several runs in one config, devices or loggers that are not there, nothing to
+            evaluate, or a folder that holds another run or cannot be written.
+    """
+    check_single_run(cfg)
+    check_devices(cfg.MODEL.DEVICE, start.num_gpus)
+    output = Path(cfg.OUTPUT_DIR)
+    if start.eval_only:
+        evaluated_weights(cfg.MODEL.WEIGHTS, output, (FINAL, CHECKPOINT))
+        check_writable(output)
+        return
+    check_output_dir(cfg.OUTPUT_DIR, start.resume)
+    check_loggers(cfg)
+    if (output / CHECKPOINT).is_file():
+        check_same_run(output, cfg)
 
 
 @contextmanager
-def open_run(
-    cfg: CfgNode, resume: bool, eval_only: bool, num_gpus: int, num_machines: int
-) -> Iterator[Run]:
-    """Check a command and collect what is logged from here on.
+def open_run(cfg: CfgNode, start: Start) -> Iterator[Run]:
+    """Check a run, and collect what is logged from here on.
 
     Args:
         cfg: a config that its host has checked.
-        resume: go on from ``last.ckpt`` in ``OUTPUT_DIR`` if it is there.
-        eval_only: evaluate ``MODEL.WEIGHTS``, or else what ``OUTPUT_DIR`` holds.
-        num_gpus: processes on this machine where ``MODEL.DEVICE`` is ``cuda``.
-        num_machines: machines of the run.
+        start: how the run is started.
 
     Raises:
-        KDError: several runs in one config, devices or loggers that are not there, or a folder
-            that holds another run or cannot be written. Nothing is written.
+        KDError: see :func:`check_run`.
     """
-    check_single_run(cfg)
-    hardware = hardware_arguments(cfg, num_gpus, num_machines)
-    output = Path(cfg.OUTPUT_DIR)
-    weights = cfg.MODEL.WEIGHTS
-    if eval_only:
+    check_run(cfg, start)
+    announce_rendezvous(start)
+    output, weights = Path(cfg.OUTPUT_DIR), cfg.MODEL.WEIGHTS
+    if start.eval_only:
         weights = evaluated_weights(weights, output, (FINAL, CHECKPOINT))
-        check_writable(output)
-    else:
-        check_output_dir(cfg.OUTPUT_DIR, resume)
-        check_loggers(cfg)
-        if (output / CHECKPOINT).is_file():
-            check_same_run(output, cfg)
     seed = cfg.SEED if cfg.SEED >= 0 else common_seed()
     quiet()
     with RunLog() as log:
-        yield Run(cfg, output, seed, weights, resume, eval_only, hardware, log)
+        yield Run(cfg, start, output, seed, weights, hardware_arguments(cfg, start), log)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,9 +10,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 
+from kd_det.hosts.base import MakePictures
 from kd_det.hosts.lightning.hardware import precision
 from kd_det.hosts.lightning.loggers import build_loggers
 from kd_det.hosts.lightning.metrics import LOG_PERIOD, DataClock, MetricsWriter
+from kd_det.hosts.lightning.pictures import DrawPictures
 from kd_det.hosts.lightning.run import Run
 from kd_det.run.curves import CurveTag
 from kd_det.run.folder import METRICS
@@ -23,6 +24,7 @@ def build_trainer(
     run: Run,
     tag: CurveTag,
     callbacks: Sequence[pl.Callback],
+    pictures: MakePictures | None,
     saving: Mapping[str, Any],
     **schedule: Any,
 ) -> pl.Trainer:
@@ -32,13 +34,14 @@ def build_trainer(
         run: the run.
         tag: names the curves.
         callbacks: a progress bar and further ones.
+        pictures: see :class:`kd_det.hosts.base.RunHost`.
         saving: when ``last.ckpt`` is written, as arguments of Lightning's ``ModelCheckpoint``.
         schedule: Lightning's arguments for lengths, evaluation and data.
     """
     clip = run.cfg.SOLVER.CLIP_GRADIENTS
     clock = DataClock()
     own: list[pl.Callback] = []
-    if not run.eval_only:
+    if not run.start.eval_only:
         own = [
             MetricsWriter(run.output / METRICS, tag, clock),
             ModelCheckpoint(
@@ -48,10 +51,8 @@ def build_trainer(
                 **saving,
             ),
         ]
-        if run.cfg.VIS_PERIOD > 0:
-            # A layer above this one, which draws; imported only where pictures are asked for.
-            pictures = importlib.import_module("kd_det.visualize.callback")
-            own.append(pictures.VisualizeCallback(run.cfg))
+        if pictures is not None and run.cfg.VIS_PERIOD > 0:
+            own.append(DrawPictures(run.cfg, pictures))
     return pl.Trainer(
         **run.hardware,
         **schedule,
@@ -59,8 +60,8 @@ def build_trainer(
         logger=False,
         callbacks=[*own, *callbacks],
         profiler=clock,
-        enable_checkpointing=not run.eval_only,
-        # Lightning adds one of its own to whoever draws none.
+        enable_checkpointing=not run.start.eval_only,
+        # Without it Lightning adds a bar of its own where there is none.
         enable_progress_bar=any(isinstance(each, ProgressBar) for each in callbacks),
         enable_model_summary=False,
         log_every_n_steps=LOG_PERIOD,
@@ -72,7 +73,7 @@ def build_trainer(
 
 
 def run_loggers(run: Run) -> list[Logger]:
-    """CSV and TensorBoard files in ``OUTPUT_DIR``, and what ``LOGGERS`` names."""
+    """Loggers of CSV and TensorBoard files in ``OUTPUT_DIR``, and those of ``LOGGERS``."""
     return [
         # A version for every start: Lightning's CSV writer begins by removing what is there.
         CSVLogger(run.output, name="csv"),

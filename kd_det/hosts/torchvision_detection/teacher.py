@@ -12,6 +12,7 @@ from kd_det.core.teacher import (
     check_teacher_weights,
     load_strict,
 )
+from kd_det.hosts.base import Teacher
 from kd_det.hosts.torchvision_detection.config import load_config
 from kd_det.hosts.torchvision_detection.models import build_model
 from kd_det.run.yaml_files import config_path
@@ -30,7 +31,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     return load_config(config_file)
 
 
-def build_teacher(cfg: CfgNode) -> FrozenTeacher:
+def build_teacher(cfg: CfgNode) -> Teacher:
     """The frozen teacher that ``cfg.KD.TEACHER`` describes, on the CPU.
 
     Random number streams are left as they were.
@@ -43,9 +44,11 @@ def build_teacher(cfg: CfgNode) -> FrozenTeacher:
     teacher_cfg = teacher_config(cfg)
     check_teacher_weights(node.WEIGHTS, node.CONFIG_FILE, node.ALLOW_RANDOM)
     # Its own weights follow; those of its backbone alone would be downloaded for nothing.
-    teacher_cfg.MODEL.BACKBONE.WEIGHTS = ""
+    whole = teacher_cfg.clone()
+    whole.defrost()
+    whole.MODEL.BACKBONE.WEIGHTS = ""
     with torch.random.fork_rng(devices=[]):
-        model = build_model(teacher_cfg)
+        model = build_model(whole)
     if node.WEIGHTS:
         load_strict(model, read_weights(node.WEIGHTS), source=node.WEIGHTS)
-    return FrozenTeacher(model)
+    return Teacher(FrozenTeacher(model), teacher_cfg)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -15,14 +14,15 @@ from torch import nn
 from kd_det.balance import build_balance
 from kd_det.core.checkpoint import load_distiller, load_student
 from kd_det.core.errors import fail
-from kd_det.hosts.lightning import entry
-from kd_det.hosts.lightning.module import Results
+from kd_det.hosts.base import MakePictures, Progress
+from kd_det.hosts.lightning.conduct import conduct
 from kd_det.hosts.lightning.pre_stage import prepare_run
-from kd_det.hosts.lightning.progress import Progress, ReportProgress, RunProgressBar
+from kd_det.hosts.lightning.progress import progress_callback
 from kd_det.hosts.lightning.run import Run, open_run
+from kd_det.hosts.lightning.run import check_run as check_lightning_run
 from kd_det.hosts.lightning.trainer import build_trainer
 from kd_det.hosts.torchvision_detection.classes import build_class_map
-from kd_det.hosts.torchvision_detection.config import check_config, load_config
+from kd_det.hosts.torchvision_detection.config import check_config
 from kd_det.hosts.torchvision_detection.data import check_datasets, train_dataset, train_loader
 from kd_det.hosts.torchvision_detection.lit import LitDetector
 from kd_det.hosts.torchvision_detection.model import DistilledDetector
@@ -37,60 +37,57 @@ from kd_det.procedures.base import (
 )
 from kd_det.run.config import read_terms
 from kd_det.run.curves import CurveTag
+from kd_det.run.plan import NEW, Results, Start
 
 
-def main(args: argparse.Namespace) -> Results:
-    """See :func:`kd_det.hosts.lightning.entry.main`."""
-    return entry.main(args, load_config, run)
+def check_run(cfg: CfgNode, start: Start) -> None:
+    """See :class:`kd_det.hosts.base.Host`."""
+    check_config(cfg)
+    check_lightning_run(cfg, start)
 
 
 def run(
     cfg: CfgNode,
-    resume: bool = False,
-    eval_only: bool = False,
+    start: Start = NEW,
+    *,
     progress: Progress | None = None,
+    pictures: MakePictures | None = None,
     callbacks: Sequence[pl.Callback] = (),
-    num_gpus: int = 1,
-    num_machines: int = 1,
 ) -> Results:
-    """Train as a config says, evaluate, and leave everything in ``OUTPUT_DIR``.
-
-    Without ``DATASETS.TEST`` nothing is evaluated.
-
-    Args:
-        cfg: a config of this host.
-        resume: go on from ``last.ckpt`` in ``OUTPUT_DIR`` if it is there.
-        eval_only: evaluate ``MODEL.WEIGHTS``, or else what ``OUTPUT_DIR`` holds.
-        progress: called instead of a progress bar with ``"train"``, ``"evaluate"`` or, for losses
-            that learn from the teacher first, ``"pre-stage"``; see :class:`ReportProgress`.
-        callbacks: further Lightning callbacks.
-        num_gpus: processes on this machine where ``MODEL.DEVICE`` is ``cuda``.
-        num_machines: machines of the run.
+    """See :class:`kd_det.hosts.base.RunHost`; without ``DATASETS.TEST`` nothing is evaluated.
 
     Returns:
         ``{"bbox": {"AP": ..., "AP50": ...}, "segm": {...}}`` in percent; ``"cost"``, where a
         procedure reports one, is the share of plain distillation's computation in percent.
-
-    Raises:
-        KDError: anything that would fail later, before training and before anything is written.
     """
     check_config(cfg)
-    with open_run(cfg, resume, eval_only, num_gpus, num_machines) as this:
-        check_datasets(cfg, training=not eval_only)
-        pl.seed_everything(this.seed, verbose=False)
-        model = build_training_model(cfg, this.weights, distilled=not eval_only)
-        dataset = None if eval_only else train_dataset(cfg)
+    with open_run(cfg, start) as run_context:
+        seed, training = run_context.seed, not start.eval_only
+        check_datasets(cfg, training)
+        pl.seed_everything(seed, verbose=False)
+        model = build_training_model(cfg, run_context.weights, distilled=training)
+        dataset = train_dataset(cfg) if training else None
         procedures = Procedures()
         if dataset is not None:
             size = len(dataset)
-            procedures = build_procedures(cfg, lambda: TrainingSet(size, this.seed))
+            procedures = build_procedures(cfg, lambda: TrainingSet(size, seed))
         planned = procedures.planned_config(cfg)
-        lit = LitDetector(model, planned, this.seed, dataset, procedures)
+        lit = LitDetector(model, planned, seed, dataset, procedures)
         tag = CurveTag([*cfg.KD.TERMS])
-        bar = ReportProgress(progress) if progress else RunProgressBar(tag)
-        trainer = _trainer(this, planned, tag, [bar, *callbacks])
-        pre_stage = partial(_before_run, this, lit, tag, progress)
-        return entry.conduct(this, lit, trainer, pre_stage, save_at_end=True)
+        solver, period = planned.SOLVER, planned.TEST.EVAL_PERIOD
+        trainer = build_trainer(
+            run_context,
+            tag,
+            [progress_callback(tag, progress), *callbacks],
+            pictures,
+            saving={"every_n_train_steps": max(1, solver.CHECKPOINT_PERIOD)},
+            max_steps=solver.MAX_ITER,
+            max_epochs=-1,
+            limit_val_batches=1.0 if planned.DATASETS.TEST else 0,
+            val_check_interval=period if 0 < period < solver.MAX_ITER else None,
+        )
+        before = partial(_before_run, run_context, lit, tag, progress)
+        return conduct(run_context, lit, trainer, before, save_at_end=True)
 
 
 def build_training_model(cfg: CfgNode, weights: str = "", distilled: bool = True) -> nn.Module:
@@ -116,7 +113,7 @@ def build_training_model(cfg: CfgNode, weights: str = "", distilled: bool = True
     terms = read_terms(cfg)
     model = DistilledDetector(
         student,
-        build_teacher(cfg),
+        build_teacher(cfg).frozen,
         terms,
         cfg.KD.REPORT_PERIOD,
         task_weight=cfg.KD.TASK_WEIGHT,
@@ -130,43 +127,26 @@ def build_training_model(cfg: CfgNode, weights: str = "", distilled: bool = True
     return model
 
 
-def _before_run(this: Run, lit: LitDetector, tag: CurveTag, progress: Progress | None) -> None:
-    model, dataset, cfg = lit.model, lit.dataset, this.cfg
+def _before_run(
+    run_context: Run, lit: LitDetector, tag: CurveTag, progress: Progress | None
+) -> None:
+    """Train what the terms learn from the teacher beforehand."""
+    model, dataset, cfg = lit.model, lit.dataset, run_context.cfg
     if not isinstance(model, DistilledDetector):
         return
     assert dataset is not None
 
-    def loader(iterations: int, start: int, rank: int, world: int) -> Any:
+    def loader(iterations: int, done: int, rank: int, world: int) -> Any:
         whole = cfg.clone()
         whole.defrost()
         whole.SOLVER.MAX_ITER = iterations
-        return train_loader(whole, dataset, this.seed, start, rank, world)
-
-    def report(_: str, done: int, total: int) -> None:
-        assert progress is not None
-        progress("pre-stage", done, total)
+        return train_loader(whole, dataset, run_context.seed, done, rank, world)
 
     prepare_run(
-        this,
+        run_context,
         lit,
         model.teacher_captures(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN),
         loader,
         math.ceil(len(dataset) / cfg.SOLVER.IMS_PER_BATCH),
-        [ReportProgress(report) if progress else RunProgressBar(tag, "Pre-stage")],
-    )
-
-
-def _trainer(
-    this: Run, planned: CfgNode, tag: CurveTag, callbacks: Sequence[pl.Callback]
-) -> pl.Trainer:
-    solver, period = planned.SOLVER, planned.TEST.EVAL_PERIOD
-    return build_trainer(
-        this,
-        tag,
-        callbacks,
-        saving={"every_n_train_steps": max(1, solver.CHECKPOINT_PERIOD)},
-        max_steps=solver.MAX_ITER,
-        max_epochs=-1,
-        limit_val_batches=1.0 if planned.DATASETS.TEST else 0,
-        val_check_interval=period if 0 < period < solver.MAX_ITER else None,
+        [progress_callback(tag, progress, "Pre-stage")],
     )

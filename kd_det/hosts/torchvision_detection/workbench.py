@@ -51,8 +51,8 @@ from kd_det.run.devices import check_devices
 _GREY = torch.full((3, 480, 640), 128, dtype=torch.uint8)
 
 
-def open_workbench(cfg: CfgNode, weights: str = "", distilled: bool = True) -> Workbench:
-    """See :func:`kd_det.bench.workbench.open_workbench`."""
+def open_bench(cfg: CfgNode, weights: str = "", distilled: bool = True) -> Workbench:
+    """See :func:`kd_det.hosts.base.open_bench`."""
     check_config(cfg)
     check_devices(cfg.MODEL.DEVICE, 1)
     cfg = cfg.clone()

@@ -10,6 +10,7 @@ from kd_det.core.checkpoint import strip_distiller
 from kd_det.hosts.classification.build import build_training_model
 from kd_det.hosts.classification.train import run
 from kd_det.hosts.lightning.optim import parameter_groups
+from kd_det.run.plan import Start
 
 TERMS = {
     "soft": {"LOSS": "KD", "TAPS": ["logits"], "TEMPERATURE": 4.0},
@@ -50,7 +51,7 @@ def test_a_run_interrupted_after_an_epoch_ends_in_the_same_weights(config, name)
     for folder, epochs in (("whole", [2]), ("halves", [1, 2])):
         for epoch in epochs:
             cfg = config(folder, KD=balance(name), SOLVER={"MAX_EPOCH": epoch})
-            run(cfg, resume=epoch == 2)
+            run(cfg, Start(resume=epoch == 2))
         states.append(torch.load(f"{cfg.OUTPUT_DIR}/model_final.pth")["model"])
     whole, halves = states
     assert whole.keys() == halves.keys()

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kd_det.hosts.classification.train import run
 from kd_det.run.folder import PREDICTIONS
+from kd_det.run.plan import Start
 from kd_det.run.record import read_record
 from tests.hosts.classification.test_train import SOFT, Stop
 from tests.hosts.run_folder import FILES
@@ -80,7 +81,7 @@ def test_a_run_leaves_its_record_log_metrics_curves_and_predictions(long):
     # Evaluation alone finds the same again, and touches nothing else.
     before = {p: p.stat().st_mtime_ns for p in folder.iterdir() if p.name != "inference"}
     (folder / PREDICTIONS).unlink()
-    run(cfg, eval_only=True)
+    run(cfg, Start(eval_only=True))
     assert json.loads((folder / PREDICTIONS).read_text()) == predictions
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
@@ -122,7 +123,7 @@ def test_a_metrics_file_that_was_cut_in_a_line_does_not_break_a_resumed_run(long
     assert read_record(folder)["status"] == "failed"
     with (folder / "metrics.json").open("a") as file:
         file.write('{"iteration": 26, "total_lo')
-    run(cfg, resume=True)
+    run(cfg, Start(resume=True))
     found = lines(folder)
     assert [line for line in found if isinstance(line, str)] == ['{"iteration": 26, "total_lo']
     assert [x["iteration"] for x in found if "total_loss" in x] == [19, 39]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,7 +20,7 @@ from kd_det.hosts.classification.lit import LitClassifier
 from kd_det.hosts.classification.loaders import train_loader
 from kd_det.hosts.classification.models import build_classifier
 from kd_det.hosts.classification.train import run
-from kd_det.run.plan import read_plan, run_plan
+from kd_det.run.plan import Start, read_plan, run_plan
 
 SOFT = {"soft": {"LOSS": "KD", "WEIGHT": 0.9, "TAPS": ["logits"], "TEMPERATURE": 4.0}}
 FLOW = {
@@ -57,7 +56,7 @@ def interrupted(cfg, epoch):
     # Lightning turns a KeyboardInterrupt into an exit.
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         run(cfg, callbacks=[Stop(epoch)])
-    return run(cfg, resume=True)
+    return run(cfg, Start(resume=True))
 
 
 def test_a_run_leaves_its_results_curves_and_student(config):
@@ -71,7 +70,7 @@ def test_a_run_leaves_its_results_curves_and_student(config):
     lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
     assert lines[-1]["accuracy/top1"] == accuracy["top1"]
     assert (output / "config.yaml").is_file()
-    assert run(cfg, eval_only=True)["accuracy"]["top1"] == accuracy["top1"]
+    assert run(cfg, Start(eval_only=True))["accuracy"]["top1"] == accuracy["top1"]
 
 
 def test_disabled_distillation_is_the_plain_student(config):
@@ -140,7 +139,7 @@ def test_kcd_trains_on_fewer_points_and_selects_the_same_after_a_resume(config):
     assert [len(points) for points in selected] == [40, 34, 28, 24]
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         run(broken, callbacks=[Note(), Stop(2)])
-    run(broken, resume=True, callbacks=[Note()])
+    run(broken, Start(resume=True), callbacks=[Note()])
     assert kept == [*selected[:3], *selected[2:]]
     assert results["cost"]["measured"] == pytest.approx(100 * (40 + 34 + 28 + 24) / 160)
 
@@ -217,13 +216,14 @@ def staged(cfg, tmp_path, resume=False, stop=None):
     path = tmp_path / f"{Path(cfg.OUTPUT_DIR).name}.yaml"
     path.write_text(cfg.dump().replace("STAGES: []\n", STAGED))
 
-    def host(args):
-        own = load_config(args.config_file, args.opts)
-        second = own.OUTPUT_DIR.endswith("stage_2_task")
-        return run(own, args.resume, callbacks=[stop] if stop and second else [])
+    plan, start = read_plan(str(path)), Start(resume=resume)
 
-    args = argparse.Namespace(config_file=str(path), opts=[], resume=resume, eval_only=False)
-    return run_plan(host, args, read_plan(str(path)))
+    def run_stage(opts):
+        own = load_config(plan.file, opts)
+        second = own.OUTPUT_DIR.endswith("stage_2_task")
+        return run(own, start, callbacks=[stop] if stop and second else [])
+
+    return run_plan(run_stage, plan, start)
 
 
 def test_two_stages_killed_in_the_second_end_as_uninterrupted_ones(config, tmp_path):

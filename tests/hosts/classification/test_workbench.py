@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from kd_det.bench.workbench import open_workbench
+from kd_det.hosts.base import open_bench
 from kd_det.hosts.classification.data import ClassificationData
 from kd_det.hosts.classification.train import run
 from kd_det.preflight.steps import take_steps
+from kd_det.run.plan import Start
 from tests.hosts import workbench_contract as contract
 
 TERMS = {
@@ -21,7 +22,7 @@ TERMS = {
 
 @pytest.fixture
 def bench(config):
-    return open_workbench(config(KD={"TERMS": TERMS}))
+    return open_bench(config(KD={"TERMS": TERMS}))
 
 
 class Oracle(nn.Module):
@@ -40,14 +41,14 @@ class Oracle(nn.Module):
 @pytest.mark.parametrize("unix", [False, True])
 def test_a_look_changes_nothing(config, unix):
     mixing = {"ENABLED": unix, "SCORE_MODE": "train"}
-    bench = open_workbench(config(KD={"TERMS": TERMS, "UNIX": mixing}))
+    bench = open_bench(config(KD={"TERMS": TERMS, "UNIX": mixing}))
     contract.check_a_look_changes_nothing(bench)
     contract.check_nothing_is_written(bench)
 
 
 def test_batches_repeat(config):
     cfg = config(KD={"TERMS": TERMS}, INPUT={"RANDOM_FLIP": "horizontal"})
-    contract.check_batches_repeat(open_workbench(cfg))
+    contract.check_batches_repeat(open_bench(cfg))
 
 
 def test_what_a_checkpoint_could_not_give_is_said(bench):
@@ -63,7 +64,7 @@ def test_losses_are_those_of_the_first_iteration_of_the_run(bench):
 
 
 def test_unix_trains_on_part_of_a_batch_and_a_look_repeats(config):
-    bench = open_workbench(config(KD={"TERMS": TERMS, "UNIX": {"ENABLED": True, "K_FRAC": 0.5}}))
+    bench = open_bench(config(KD={"TERMS": TERMS, "UNIX": {"ENABLED": True, "K_FRAC": 0.5}}))
     sizes = []
     bench.student.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
     batch = next(bench.batches())
@@ -85,9 +86,9 @@ def test_iterations_are_those_of_the_run(config):
     kcd = {"ENABLED": True, "PERIOD": 1, "RHO": 0.25, "EPSILON": 0.0}
     cfg = config(KD={"TERMS": TERMS, "KCD": kcd}, SOLVER={"IMS_PER_BATCH": 8})
     # 40 images, then 40 * 0.25 ** (1 / 2).
-    assert open_workbench(cfg).iterations() == 5 + 3
+    assert open_bench(cfg).iterations() == 5 + 3
     cfg.SOLVER.MAX_ITER = 6
-    assert open_workbench(cfg).iterations() == 6
+    assert open_bench(cfg).iterations() == 6
 
 
 def test_pictures_are_the_data_as_it_is(bench):
@@ -103,7 +104,7 @@ def test_pictures_are_the_data_as_it_is(bench):
 def test_an_evaluation_on_all_images_is_the_hosts_own(bench, config, tmp_path):
     path = tmp_path / "student.pth"
     torch.save(bench.student.state_dict(), path)
-    expected = run(config("evaluated", MODEL={"WEIGHTS": str(path)}), eval_only=True)
+    expected = run(config("evaluated", MODEL={"WEIGHTS": str(path)}), Start(eval_only=True))
     found = bench.evaluate("student", 10_000)
     assert found["accuracy"] == {k: expected["accuracy"][k] for k in ("top1", "top5")}
 
@@ -112,7 +113,7 @@ def test_a_teacher_is_judged_by_the_students_classes_on_the_images_it_saw(config
     names = [*"9876543210", "ten"]
     cfg = config(KD={"TERMS": {"hint": TERMS["hint"]}})
     cfg.KD.TEACHER.CLASS_NAMES = names
-    bench = open_workbench(cfg)
+    bench = open_bench(cfg)
     bench.teacher_cfg.defrost()
     bench.teacher_cfg.MODEL.NUM_CLASSES = len(names)
     targets = ClassificationData(cfg, training=False).targets
@@ -146,18 +147,18 @@ def test_a_finished_run_opens_without_its_teacher_and_with_what_it_learnt(bench,
     path = tmp_path / "model_final.pth"
     torch.save({"model": bench.model.state_dict()}, path)
     cfg = config(KD={"TERMS": TERMS}, SEED=7)
-    plain = open_workbench(cfg, str(path), distilled=False)
+    plain = open_bench(cfg, str(path), distilled=False)
     assert (plain.teacher, plain.distiller) == (None, None)
     picture = plain.validation_pictures(1)[0]
     assert torch.equal(plain.predict("student", picture), bench.predict("student", picture))
-    whole = open_workbench(cfg, str(path))
+    whole = open_bench(cfg, str(path))
     for key, value in bench.model.state_dict().items():
         assert torch.equal(whole.model.state_dict()[key], value), key
 
 
 def test_a_booster_is_no_teacher_and_can_be_looked_at(config, refuses):
     joint = {"ENABLED": True, "NAME": "resnet8_x0.5"}
-    bench = open_workbench(config(KD={"TERMS": {"soft": TERMS["soft"]}, "JOINT": joint}))
+    bench = open_bench(config(KD={"TERMS": {"soft": TERMS["soft"]}, "JOINT": joint}))
     assert bench.teacher is None
     assert bench.teacher_cfg is None
     assert bench.class_names("teacher") is None
@@ -174,18 +175,18 @@ def test_what_the_host_refuses_is_refused_as_it_says(config, refuses):
         ({"TERMS": {"hint": {"LOSS": "FitNet", "TAPS": ["layer9"]}}}, "layer9"),
     ):
         with refuses(part):
-            open_workbench(config(KD={"TERMS": TERMS, **node}))
+            open_bench(config(KD={"TERMS": TERMS, **node}))
 
 
 def test_names_that_are_not_as_many_as_the_teachers_classes_are_left_out(config):
     cfg = config(KD={"TERMS": {"hint": TERMS["hint"]}})
     cfg.KD.TEACHER.CLASS_NAMES = ["a", "b"]
-    contract.check_names_that_do_not_fit_are_none(open_workbench(cfg))
+    contract.check_names_that_do_not_fit_are_none(open_bench(cfg))
 
 
 def test_a_stage_without_a_task_is_measured_on_part_of_a_batch(config):
     terms = {name: TERMS[name] for name in ("soft", "hint")}
-    bench = open_workbench(config(KD={"TERMS": terms, "TASK_WEIGHT": 0.0}))
+    bench = open_bench(config(KD={"TERMS": terms, "TASK_WEIGHT": 0.0}))
     steps = take_steps(bench, batches=1, images=6, seconds=600)
     assert steps.entered[0] == 6  # of the 16 that the loader gives
     (step,) = steps.steps

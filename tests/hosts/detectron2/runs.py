@@ -11,7 +11,8 @@ from detectron2.engine.hooks import HookBase
 from detectron2.utils.env import seed_all_rng
 
 from kd_det.hosts.detectron2.datasets import register_datasets
-from kd_det.hosts.detectron2.train import run
+from kd_det.hosts.detectron2.train import run_in_process
+from kd_det.run.plan import Start
 from tests.hosts.detectron2.models import distilled_cfg
 
 
@@ -70,4 +71,4 @@ def small_cfg(
 def train(cfg: CfgNode, *hooks: HookBase, resume: bool = False, bar: Any = None) -> dict[str, Any]:
     """As the command line does."""
     seed_all_rng(cfg.SEED if cfg.SEED >= 0 else None)
-    return run(cfg, resume, extra_hooks=hooks, bar=bar)
+    return run_in_process(cfg, Start(resume=resume), hooks, bar)

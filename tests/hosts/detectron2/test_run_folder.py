@@ -24,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kd_det.data.digits.detection import DigitsSpec, write_digits
 from kd_det.hosts.detectron2 import progress, trainer
+from kd_det.hosts.detectron2.pictures import DrawPictures
 from kd_det.hosts.detectron2.progress import ProgressBar, progress_bar, setup_logging
 from kd_det.hosts.detectron2.train import check_run
 from kd_det.hosts.detectron2.writers import RecordMetrics
@@ -147,20 +148,12 @@ class TestPictures:
             (["VIS_PERIOD", 3, "KD.ENABLED", False], False),
         ],
     )
-    def test_their_hook_is_there_where_something_is_distilled(
-        self, opts, drawn, make_cfg, monkeypatch
-    ):
-        class Pictures(HookBase):
-            def __init__(self, cfg):
-                self.period = cfg.VIS_PERIOD
-
-        module = types.SimpleNamespace(VisualizeHook=Pictures)
-        monkeypatch.setitem(sys.modules, "kd_det.visualize.hook", module)
-        hooks = trainer.Trainer(make_cfg("out", *opts))._hooks
-        found = [k for k, hook in enumerate(hooks) if isinstance(hook, Pictures)]
+    def test_their_hook_is_there_where_something_is_distilled(self, opts, drawn, make_cfg):
+        hooks = trainer.Trainer(make_cfg("out", *opts), pictures=lambda *_: None)._hooks
+        found = [k for k, hook in enumerate(hooks) if isinstance(hook, DrawPictures)]
         assert len(found) == drawn
         # Its images are in the storage before they are written.
-        assert all(k < len(hooks) - 2 and hooks[k].period == 3 for k in found)
+        assert all(k < len(hooks) - 2 and hooks[k].cfg.VIS_PERIOD == 3 for k in found)
 
 
 class TestRecord:

@@ -215,9 +215,10 @@ def test_pixels_are_reordered_before_the_teacher_normalises(tmp_path):
 
 
 def test_channel_orders_that_cannot_be_converted_are_refused(refuses):
-    Distillation(None, [], input_format="YUV-BT.601", teacher_format="YUV-BT.601")
+    cfg = CfgNode({"INPUT": CfgNode({"FORMAT": "YUV-BT.601"})})
+    Distillation(None, [], input_format="YUV-BT.601", teacher_cfg=cfg)
     with refuses("student RGB, teacher YUV"):
-        Distillation(None, [], input_format="RGB", teacher_format="YUV-BT.601")
+        Distillation(None, [], input_format="RGB", teacher_cfg=cfg)
 
 
 def test_a_larger_padding_divisor_of_the_teacher_shifts_nothing(tmp_path):

@@ -16,7 +16,7 @@ pytest.importorskip("detectron2")
 from kd_det.app import train as cli
 from kd_det.core.checkpoint import read_weights
 from kd_det.data.digits.detection import DigitsSpec, write_digits
-from kd_det.hosts.detectron2.train import load_cfg
+from kd_det.hosts.detectron2.config import load_config
 from tests.hosts.detectron2.models import write_teacher
 
 pytestmark = pytest.mark.detectron2
@@ -218,7 +218,7 @@ def test_more_gpus_than_there_are_is_refused(options, tmp_path, capfd):
 
 
 def test_an_override_may_set_an_argument_the_file_leaves_out(options):
-    cfg = load_cfg(
+    cfg = load_config(
         str(CONFIG), [*options, "KD.TERMS.review.WEIGHT", "2", "KD.TERMS.review.MID_CHANNELS", "4"]
     )
     assert cfg.KD.TERMS.review.WEIGHT == 2

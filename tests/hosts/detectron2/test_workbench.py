@@ -14,10 +14,11 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from kd_det.bench.workbench import Detections, open_workbench
+from kd_det.bench.workbench import Detections
 from kd_det.core.taps import TapRecorder
 from kd_det.data.digits.detection import DigitsSpec, write_digits
-from kd_det.hosts.detectron2.train import load_cfg
+from kd_det.hosts.base import open_bench
+from kd_det.hosts.detectron2.config import load_config
 from tests.hosts import workbench_contract as contract
 from tests.hosts.detectron2.models import ARCHITECTURES, all_terms, write_teacher
 
@@ -47,7 +48,7 @@ def config(digits, tmp_path):
             options += [f"DATASETS.COCO_JSON.bench_{split}", [str(json_file), str(images)]]
             options += [f"DATASETS.{'TEST' if 'val' in split else 'TRAIN'}", (f"bench_{split}",)]
         options += opts
-        cfg = load_cfg("configs/digits/reviewkd_kd_frcnn.yaml", list(map(str, options)))
+        cfg = load_config("configs/digits/reviewkd_kd_frcnn.yaml", list(map(str, options)))
         if terms is not None:
             cfg.defrost()
             cfg.KD.TERMS = CfgNode(terms, new_allowed=True)
@@ -81,22 +82,22 @@ class Oracle(nn.Module):
 
 @pytest.mark.parametrize("arch", ["faster", "mask", "cascade", "retinanet", "fcos"])
 def test_a_look_changes_nothing(config, arch):
-    bench = open_workbench(config(arch=arch, terms=all_terms(arch, 1.0)))
+    bench = open_bench(config(arch=arch, terms=all_terms(arch, 1.0)))
     contract.check_a_look_changes_nothing(bench)
     contract.check_nothing_is_written(bench)
 
 
 def test_batches_repeat(config):
     options = ("INPUT.RANDOM_FLIP", "horizontal", "INPUT.MIN_SIZE_TRAIN", (80, 96, 112))
-    contract.check_batches_repeat(open_workbench(config(*options)))
+    contract.check_batches_repeat(open_bench(config(*options)))
 
 
 def test_what_a_checkpoint_could_not_give_is_said(config):
-    contract.check_planted_faults_of_an_export(open_workbench(config()))
+    contract.check_planted_faults_of_an_export(open_bench(config()))
 
 
 def test_losses_are_those_of_the_first_iteration_of_the_run(config):
-    bench = open_workbench(config("VIS_PERIOD", 1))
+    bench = open_bench(config("VIS_PERIOD", 1))
     assert bench.student.vis_period == 0  # Detectron2 would draw into a storage nobody sees
     batch = next(bench.batches())
     torch.manual_seed(4)
@@ -109,7 +110,7 @@ def test_losses_are_those_of_the_first_iteration_of_the_run(config):
 
 
 def test_pictures_are_rgb_and_truth_is_in_their_pixels(config, digits):
-    bench = open_workbench(config())
+    bench = open_bench(config())
     assert bench.cfg.INPUT.FORMAT == "BGR"
     _, root = digits["digits_val"]
     for picture, path in zip(bench.validation_pictures(9), sorted(root.iterdir()), strict=True):
@@ -125,7 +126,7 @@ def test_pictures_are_rgb_and_truth_is_in_their_pixels(config, digits):
 
 def test_a_teacher_is_judged_by_the_students_classes_on_the_images_it_saw(config):
     names = list("9876543210")
-    bench = open_workbench(config("KD.TEACHER.CLASS_NAMES", names))
+    bench = open_bench(config("KD.TEACHER.CLASS_NAMES", names))
     assert bench.class_names("teacher") == names
     records = bench._validation
     bench.teacher.model = Oracle(records, list(range(9, -1, -1)))
@@ -139,13 +140,13 @@ def test_a_teacher_is_judged_by_the_students_classes_on_the_images_it_saw(config
 
 def test_names_that_are_not_as_many_as_the_teachers_classes_are_left_out(config):
     options = ("KD.TEACHER.CLASS_NAMES", ["a", "b"], "KD.ACTIVE_TERMS", ["review"])
-    contract.check_names_that_do_not_fit_are_none(open_workbench(config(*options)))
+    contract.check_names_that_do_not_fit_are_none(open_bench(config(*options)))
 
 
 def test_each_side_has_its_own_pixels_and_test_size(config):
     teacher = ["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", [1.0, 2.0, 3.0]]
     teacher += ["INPUT.MIN_SIZE_TEST", 64]
-    bench = open_workbench(config("INPUT.MIN_SIZE_TEST", 128, teacher=teacher))
+    bench = open_bench(config("INPUT.MIN_SIZE_TEST", 128, teacher=teacher))
     own, other = bench.pixel_input("student"), bench.pixel_input("teacher")
     assert (own.order, own.mean, own.std, own.scale) == ("BGR", (127.5,) * 3, (63.75,) * 3, 255)
     assert (other.order, other.mean) == ("RGB", (1.0, 2.0, 3.0))
@@ -160,7 +161,7 @@ def test_each_side_has_its_own_pixels_and_test_size(config):
 
 @pytest.mark.parametrize("arch", ["faster", "cascade", "retinanet"])
 def test_the_box_tap_delivers_the_sampled_boxes(config, arch):
-    bench = open_workbench(config(arch=arch, terms=all_terms(arch, 1.0)))
+    bench = open_bench(config(arch=arch, terms=all_terms(arch, 1.0)))
     if arch == "retinanet":
         assert bench.box_tap is None
         return
@@ -174,7 +175,7 @@ def test_the_box_tap_delivers_the_sampled_boxes(config, arch):
 
 
 def test_a_prediction_is_in_the_pixels_and_classes_of_the_picture(config):
-    bench = open_workbench(config())
+    bench = open_bench(config())
     picture = torch.randint(0, 256, (3, 60, 96), dtype=torch.uint8)
     for side in ("student", "teacher"):
         found = bench.predict(side, picture)
@@ -185,26 +186,26 @@ def test_a_prediction_is_in_the_pixels_and_classes_of_the_picture(config):
 
 
 def test_a_finished_run_opens_without_its_teacher_and_with_what_it_learnt(config, tmp_path, caplog):
-    bench = open_workbench(config())
+    bench = open_bench(config())
     path = tmp_path / "model_final.pth"
     torch.save({"model": bench.model.state_dict()}, path)
-    plain = open_workbench(config("SEED", 7), str(path), distilled=False)
+    plain = open_bench(config("SEED", 7), str(path), distilled=False)
     assert (plain.teacher, plain.distiller) == (None, None)
     picture = plain.validation_pictures(1)[0]
     assert torch.equal(
         plain.predict("student", picture).scores, bench.predict("student", picture).scores
     )
-    whole = open_workbench(config("SEED", 7), str(path))
+    whole = open_bench(config("SEED", 7), str(path))
     assert "has nothing for" not in caplog.text
     for key, value in bench.model.state_dict().items():
         assert torch.equal(whole.model.state_dict()[key], value), key
 
 
 def test_a_start_is_the_students_only(config, tmp_path):
-    bench = open_workbench(config("SEED", 1))
+    bench = open_bench(config("SEED", 1))
     path = tmp_path / "start.pth"
     torch.save({"model": bench.model.state_dict()}, path)
-    other = open_workbench(config("SEED", 2, "MODEL.WEIGHTS", path))
+    other = open_bench(config("SEED", 2, "MODEL.WEIGHTS", path))
     for key, value in bench.model.state_dict().items():
         equal = torch.equal(other.model.state_dict()[key], value)
         assert equal or key.startswith("distiller."), key
@@ -220,8 +221,8 @@ def test_what_the_host_refuses_is_refused_as_it_says(config, refuses):
         (("MODEL.WEIGHTS", "gone.pth"), "expected MODEL.WEIGHTS to be a file"),
     ):
         with refuses(part):
-            open_workbench(config(*option))
-    bench = open_workbench(config("DATASETS.TEST", ()))
+            open_bench(config(*option))
+    bench = open_bench(config("DATASETS.TEST", ()))
     assert bench.validation_pictures(1) == []
     assert bench.example("student")[0][0]["image"].shape[0] == 3
     with refuses("DATASETS.TEST"):
@@ -230,6 +231,6 @@ def test_what_the_host_refuses_is_refused_as_it_says(config, refuses):
 
 def test_a_term_with_a_pre_stage_runs_before_it_and_is_named(config):
     terms = {"graph": {"LOSS": "MHGD", "TAPS": ["p2", "p3"]}}
-    bench = open_workbench(config(terms=terms))
+    bench = open_bench(config(terms=terms))
     assert bench.pre_stage == ["graph"]
     assert "graph" in bench.losses(next(bench.batches()))

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from kd_det.app.quickstart.hosts import log_to
+from kd_det.app.quickstart.run import log_to
 from kd_det.hosts.lightning.log import RunLog
 
 OURS = logging.getLogger("kd_det.some.module")
@@ -85,7 +85,7 @@ def test_a_file_that_another_handler_writes_has_every_line_once(tmp_path):
     package = logging.getLogger("kd_det")
     before = (list(package.handlers), package.propagate)
     try:
-        with log_to(path, "lightning.pytorch"), RunLog() as log:
+        with log_to(path), RunLog() as log:
             OURS.info("early")
             log.write_to(path)
             OURS.warning("late")

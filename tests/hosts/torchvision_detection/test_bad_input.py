@@ -19,6 +19,7 @@ from kd_det.hosts.torchvision_detection.model import DistilledDetector
 from kd_det.hosts.torchvision_detection.models import build_model
 from kd_det.hosts.torchvision_detection.teacher import build_teacher
 from kd_det.hosts.torchvision_detection.train import run
+from kd_det.run.plan import Start
 from tests.hosts.torchvision_detection.models import (
     LEVELS,
     student_model,
@@ -179,7 +180,7 @@ def test_a_teacher_saved_by_a_distilled_run_loads_without_its_adaptors(tmp_path)
     config, weights = write_teacher(tmp_path, "FasterRCNN")
     state = torch.load(weights)["model"]
     torch.save({"model": {**state, "distiller.step": torch.zeros(())}}, weights)
-    loaded = build_teacher(distilled_cfg(tmp_path, config, weights)).model.state_dict()
+    loaded = build_teacher(distilled_cfg(tmp_path, config, weights)).frozen.model.state_dict()
     assert loaded.keys() == read_weights(weights).keys() == state.keys()
     assert all(torch.equal(loaded[k], v) for k, v in state.items())
 
@@ -266,11 +267,11 @@ def test_missing_data_is_refused(tmp_path, monkeypatch):
 
 def test_hardware_that_is_not_there_is_refused(tmp_path):
     cfg = tiny_cfg("FasterRCNN", ["OUTPUT_DIR", str(tmp_path / "output")])
-    refused(["--num-gpus 2", "torchrun"], lambda: run(cfg, num_gpus=2))
+    refused(["--num-gpus 2", "torchrun"], lambda: run(cfg, Start(num_gpus=2)))
     cfg.MODEL.DEVICE = "cuda"
     more = torch.cuda.device_count() + 1
     named = f"--num-gpus {more}" if more > 1 else "MODEL.DEVICE cpu"
-    refused([named], lambda: run(cfg, num_gpus=more))
+    refused([named], lambda: run(cfg, Start(num_gpus=more)))
 
 
 @pytest.mark.parametrize("file", ["last.ckpt", "model_final.pth", "metrics.json"])
@@ -300,7 +301,7 @@ def test_an_export_is_the_stock_student_and_overwrites_nothing(tmp_path):
 
 def test_evaluating_nothing_is_refused(tmp_path):
     cfg = tiny_cfg("FasterRCNN", ["OUTPUT_DIR", str(tmp_path)])
-    refused(["MODEL.WEIGHTS"], lambda: run(cfg, eval_only=True))
+    refused(["MODEL.WEIGHTS"], lambda: run(cfg, Start(eval_only=True)))
 
 
 def test_all_configs_read_and_describe_the_same_student():

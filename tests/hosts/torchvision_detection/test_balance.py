@@ -16,6 +16,7 @@ from kd_det.core.terms import parse_terms
 from kd_det.hosts.lightning.optim import parameter_groups
 from kd_det.hosts.torchvision_detection import lit
 from kd_det.hosts.torchvision_detection.train import run
+from kd_det.run.plan import Start
 from tests.hosts.torchvision_detection.models import (
     ARCHITECTURES,
     Stop,
@@ -83,7 +84,7 @@ def test_a_run_interrupted_in_the_middle_ends_in_the_same_weights(
     cfg = digits_config("reviewkd_kd_frcnn", *keys, output="again")
     with pytest.raises(ConnectionError):
         run(cfg, callbacks=[Stop(iterations // 2 - 2)], progress=lambda *_: None)
-    run(copy.deepcopy(cfg), resume=True, progress=lambda *_: None)
+    run(copy.deepcopy(cfg), Start(resume=True), progress=lambda *_: None)
     whole, again = (
         torch.load(tmp_path / folder / "model_final.pth")["model"] for folder in ("run", "again")
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -22,7 +21,7 @@ from kd_det.hosts.torchvision_detection.config import load_config
 from kd_det.hosts.torchvision_detection.model import DistilledDetector
 from kd_det.hosts.torchvision_detection.models import num_classes
 from kd_det.hosts.torchvision_detection.teacher import teacher_config
-from kd_det.hosts.torchvision_detection.train import build_training_model, main
+from kd_det.hosts.torchvision_detection.train import build_training_model, run
 from tests.hosts.torchvision_detection.models import (
     ARCHITECTURES,
     all_terms,
@@ -208,8 +207,7 @@ def test_a_run_maps_the_names_of_its_data(permuted, tmp_path):
     model = build_training_model(cfg)
     assert model.class_map is not None
     assert model.class_map.indices == (7, 0, 5, 3)
-    args = argparse.Namespace(config_file=BASELINE, opts=permuted, resume=False, eval_only=False)
-    results = main(args)
+    results = run(cfg)
     assert results["bbox"]["AP"] >= 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").open()]
     assert any(line.get("roi_logits", 0) > 0 for line in lines)

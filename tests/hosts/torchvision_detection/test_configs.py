@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
 import pytest
@@ -12,8 +11,8 @@ from kd_det.core.checkpoint import strip_distiller
 from kd_det.hosts.torchvision_detection.config import load_config
 from kd_det.hosts.torchvision_detection.export import export_student
 from kd_det.hosts.torchvision_detection.models import build_model
-from kd_det.hosts.torchvision_detection.train import main, run
-from kd_det.run.plan import read_plan, run_plan
+from kd_det.hosts.torchvision_detection.train import run
+from kd_det.run.plan import NEW, read_plan, run_plan
 
 QUICK = ["SOLVER.MAX_ITER", "2", "KD.PRE_STAGE.MAX_ITER", "2", "DATASETS.TEST", "()"]
 
@@ -45,8 +44,8 @@ def test_the_flow_is_trained_alone_and_then_the_task(options, tmp_path):
         stage["OVERRIDES"] = {**stage.get("OVERRIDES", {}), "SOLVER.MAX_ITER": 2}
     opts = [*options, "DATASETS.TEST", "()", "KD.TEACHER.WEIGHTS", ""]
     opts += ["KD.TEACHER.ALLOW_RANDOM", "True", "STAGES", repr([dict(s) for s in stages])]
-    args = argparse.Namespace(config_file=file, opts=opts, resume=False, eval_only=False)
-    run_plan(main, args, read_plan(file, opts))
+    plan = read_plan(file, opts)
+    run_plan(lambda own: run(load_config(plan.file, own)), plan, NEW)
     first, second = (
         [json.loads(line) for line in (tmp_path / "run" / name / "metrics.json").open()]
         for name in ("stage_1_flow", "stage_2_task")

@@ -18,6 +18,7 @@ from kd_det.hosts.torchvision_detection import heads
 from kd_det.hosts.torchvision_detection.data import CocoDataset, collate, train_loader
 from kd_det.hosts.torchvision_detection.train import run
 from kd_det.procedures.base import TrainingSet, build_procedures
+from kd_det.run.plan import Start
 from tests.hosts.torchvision_detection.models import (
     ARCHITECTURES,
     Stop,
@@ -219,8 +220,8 @@ def test_an_interrupted_run_selects_what_the_uninterrupted_one_does(digits_confi
     cfg = digits_config("kcd_frcnn", *KCD, output="again")
     for after in (2, 5):
         with pytest.raises(ConnectionError):
-            run(cfg, resume=after > 2, callbacks=[Stop(after)], progress=lambda *_: None)
-    resumed = run(cfg, resume=True, progress=lambda *_: None)
+            run(cfg, Start(resume=after > 2), callbacks=[Stop(after)], progress=lambda *_: None)
+    resumed = run(cfg, Start(resume=True), progress=lambda *_: None)
     assert resumed["cost"] == results["cost"]
     theirs = torch.load(tmp_path / "again" / "last.ckpt", weights_only=False)
     for key in ("active", "partners", "epsilons"):
@@ -237,7 +238,7 @@ def test_an_interrupted_run_selects_what_the_uninterrupted_one_does(digits_confi
         with pytest.raises(KDError) as error:
             run(
                 digits_config("kcd_frcnn", *KCD, *change, output="again"),
-                resume=True,
+                Start(resume=True),
                 progress=lambda *_: None,
             )
         for part in parts:

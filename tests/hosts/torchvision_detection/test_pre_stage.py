@@ -11,6 +11,7 @@ from kd_det.core.teacher import FrozenTeacher
 from kd_det.hosts.torchvision_detection.family import FAMILY
 from kd_det.hosts.torchvision_detection.pre_stage import TeacherCaptures
 from kd_det.hosts.torchvision_detection.train import build_training_model, run
+from kd_det.run.plan import Start
 from tests.hosts.torchvision_detection.models import batch, distilled, teacher_model
 
 BOX_TAPS = ["box_pooled", "box_features"]
@@ -91,7 +92,7 @@ def test_a_pre_stage_runs_first_and_is_reused(digits_config, tmp_path):
         run(cfg, progress=switched_off)
     assert (tmp_path / "again" / "pre_stage.ckpt").exists()
     steps.clear()
-    run(cfg, resume=True, progress=lambda *step: steps.append(step))
+    run(cfg, Start(resume=True), progress=lambda *step: steps.append(step))
     assert steps[0] == ("pre-stage", 2, 4)
     theirs = torch.load(tmp_path / "again" / "model_final.pth")["model"]
     assert theirs.keys() == final.keys()
@@ -103,7 +104,7 @@ def test_a_pre_stage_runs_first_and_is_reused(digits_config, tmp_path):
     steps.clear()
     with pytest.raises(KDError, match=r"pre_stage.*--resume"):
         run(cfg, progress=lambda *_: None)
-    run(cfg, resume=True, progress=lambda *step: steps.append(step))
+    run(cfg, Start(resume=True), progress=lambda *step: steps.append(step))
     assert not any(kind == "pre-stage" for kind, *_ in steps)
     # So it does for another student, who starts from other weights.
     given = ["KD.PRE_STAGE.WEIGHTS", tmp_path / "run" / "pre_stage.pth"]

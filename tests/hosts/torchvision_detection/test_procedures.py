@@ -12,6 +12,7 @@ from kd_det.core.errors import KDError
 from kd_det.hosts.torchvision_detection.config import load_config
 from kd_det.hosts.torchvision_detection.train import run
 from kd_det.procedures import PROCEDURES
+from kd_det.run.plan import Start
 from tests.hosts.torchvision_detection.models import Stop
 from tests.hosts.torchvision_detection.test_kcd import KCD
 from tests.procedures.toy import Halve
@@ -53,7 +54,7 @@ def test_a_checkpoint_of_a_former_version_is_resumed(digits_config, tmp_path):
     checkpoint["kcd"] = checkpoint.pop("procedures")["KCD"]
     checkpoint["kcd"]["stage"] = checkpoint["kcd"].pop("current_period")
     torch.save(checkpoint, path)
-    results = run(cfg, resume=True, progress=lambda *_: None)
+    results = run(cfg, Start(resume=True), progress=lambda *_: None)
     whole = digits_config("kcd_frcnn", *KCD, "DATASETS.TEST", "()", output="whole")
     assert run(whole, progress=lambda *_: None) == results
 

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kd_det.hosts.torchvision_detection.train import run
 from kd_det.run.curves import CurveTag
+from kd_det.run.plan import Start
 from kd_det.run.record import read_record
 from tests.hosts.run_folder import FILES
 from tests.hosts.torchvision_detection.models import ARCHITECTURES, batch, student_model
@@ -68,6 +69,6 @@ def test_a_checkpoint_of_another_student_is_refused_and_kept(digits_config, refu
     other = cfg.clone()
     other.MODEL.FPN.OUT_CHANNELS = 16
     with refuses("MODEL.FPN.OUT_CHANNELS 16, then 8", "config.yaml"):
-        run(other, resume=True, progress=lambda *_: None)
+        run(other, Start(resume=True), progress=lambda *_: None)
     assert checkpoint.read_bytes() == before
     assert "OUT_CHANNELS: 8" in (Path(cfg.OUTPUT_DIR) / "config.yaml").read_text()

@@ -18,6 +18,7 @@ from kd_det.hosts.torchvision_detection.config import load_config
 from kd_det.hosts.torchvision_detection.data import CocoDataset, StepSampler, collate
 from kd_det.hosts.torchvision_detection.models import build_model
 from kd_det.hosts.torchvision_detection.train import build_training_model, run
+from kd_det.run.plan import Start
 from kd_det.run.record import read_record
 from tests.hosts.torchvision_detection.models import Stop, all_terms, student_model, tiny_cfg
 
@@ -60,13 +61,13 @@ def test_a_run_resumes_to_the_same_weights_and_evaluates_to_the_same_ap(options,
     again = [*options, "OUTPUT_DIR", str(tmp_path / "again")]
     with pytest.raises(ConnectionError):
         run(config(again), callbacks=[Stop(2)], progress=lambda *_: None)
-    resumed = run(config(again), resume=True, progress=lambda *_: None)
+    resumed = run(config(again), Start(resume=True), progress=lambda *_: None)
     assert same(resumed, results)
     theirs = torch.load(tmp_path / "again" / "model_final.pth")["model"]
     assert theirs.keys() == whole.keys()
     assert all(torch.equal(theirs[k], whole[k]) for k in whole)
     # Resuming what is finished trains nothing.
-    assert same(run(config(again), resume=True, progress=lambda *_: None), results)
+    assert same(run(config(again), Start(resume=True), progress=lambda *_: None), results)
 
     # Evaluation alone needs no teacher and writes nothing but its detections.
     found = out / "inference" / "coco_instances_results.json"
@@ -74,7 +75,7 @@ def test_a_run_resumes_to_the_same_weights_and_evaluates_to_the_same_ap(options,
     found.unlink()
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p != found.parent}
     evaluated = config(options, teacher=False)
-    assert same(run(evaluated, eval_only=True, progress=lambda *_: None), results)
+    assert same(run(evaluated, Start(eval_only=True), progress=lambda *_: None), results)
     assert found.read_text() == written
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p != found.parent} == before | {
         found: found.stat().st_mtime_ns

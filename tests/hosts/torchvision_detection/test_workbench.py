@@ -10,16 +10,18 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from kd_det.bench.workbench import Detections, open_workbench
+from kd_det.bench.workbench import Detections
 from kd_det.core.errors import KDError
 from kd_det.core.taps import TapRecorder
+from kd_det.hosts.base import open_bench
 from kd_det.hosts.torchvision_detection.train import run
+from kd_det.run.plan import Start
 from tests.hosts import workbench_contract as contract
 
 
 @pytest.fixture
 def bench(digits_config):
-    return open_workbench(digits_config("reviewkd_kd_frcnn"))
+    return open_bench(digits_config("reviewkd_kd_frcnn"))
 
 
 class Oracle(nn.Module):
@@ -48,7 +50,7 @@ def test_a_look_changes_nothing(bench):
 
 def test_batches_repeat(digits_config):
     contract.check_batches_repeat(
-        open_workbench(digits_config("reviewkd_kd_frcnn", "INPUT.RANDOM_FLIP", "horizontal"))
+        open_bench(digits_config("reviewkd_kd_frcnn", "INPUT.RANDOM_FLIP", "horizontal"))
     )
 
 
@@ -83,7 +85,7 @@ def test_an_evaluation_on_all_images_is_the_hosts_own(bench, digits_config, tmp_
     path = tmp_path / "student.pth"
     torch.save(bench.student.state_dict(), path)
     cfg = digits_config("baseline_frcnn", "MODEL.WEIGHTS", path, output="evaluated")
-    found, expected = bench.evaluate("student", 99), run(cfg, eval_only=True)
+    found, expected = bench.evaluate("student", 99), run(cfg, Start(eval_only=True))
     assert found.keys() == expected.keys() == {"bbox"}
     assert found["bbox"] == pytest.approx(expected["bbox"], nan_ok=True)
 
@@ -91,7 +93,7 @@ def test_an_evaluation_on_all_images_is_the_hosts_own(bench, digits_config, tmp_
 def test_a_teacher_is_judged_by_the_students_classes(bench, digits_config):
     names = list("9876543210")
     cfg = digits_config("reviewkd_kd_frcnn", "KD.TEACHER.CLASS_NAMES", names)
-    other = open_workbench(cfg)
+    other = open_bench(cfg)
     assert other.class_names("teacher") == names
     annotations = sorted_annotations(other)
     other.teacher.model = Oracle(annotations, list(range(9, -1, -1)))
@@ -114,13 +116,14 @@ def sorted_annotations(bench):
 def test_each_side_has_its_own_pixels_and_test_size(digits_config, tmp_path):
     config = tmp_path / "teacher.yaml"
     teacher = digits_config("teacher_frcnn", "MODEL.PIXEL_MEAN", [0.4, 0.5, 0.6])
+    teacher.defrost()
     teacher.INPUT.MIN_SIZE_TEST = 96
     teacher.MODEL.FPN.SIZE_DIVISIBILITY = 64
     config.write_text(teacher.dump())
     cfg = digits_config(
         "reviewkd_kd_frcnn", "KD.TEACHER.CONFIG_FILE", config, "INPUT.MIN_SIZE_TEST", 128
     )
-    bench = open_workbench(cfg)
+    bench = open_bench(cfg)
     own, other = bench.pixel_input("student"), bench.pixel_input("teacher")
     assert (own.order, own.mean, own.scale, own.divisor) == ("RGB", (0.5,) * 3, 1, 32)
     assert (other.mean, other.divisor) == ((0.4, 0.5, 0.6), 64)
@@ -155,13 +158,13 @@ def test_a_finished_run_opens_without_its_teacher_and_with_what_it_learnt(
     path = tmp_path / "model_final.pth"
     torch.save({"model": bench.model.state_dict()}, path)
     cfg = digits_config("reviewkd_kd_frcnn", "SEED", 7, "KD.TEACHER.CONFIG_FILE", "gone.yaml")
-    plain = open_workbench(cfg, str(path), distilled=False)
+    plain = open_bench(cfg, str(path), distilled=False)
     assert (plain.teacher, plain.distiller, plain.model) == (None, None, plain.student)
     picture = plain.validation_pictures(1)[0]
     assert torch.equal(
         plain.predict("student", picture).scores, bench.predict("student", picture).scores
     )
-    whole = open_workbench(digits_config("reviewkd_kd_frcnn", "SEED", 7), str(path))
+    whole = open_bench(digits_config("reviewkd_kd_frcnn", "SEED", 7), str(path))
     for key, value in bench.model.state_dict().items():
         assert torch.equal(whole.model.state_dict()[key], value), key
 
@@ -173,11 +176,11 @@ def test_what_the_host_refuses_is_refused_as_it_says(digits_config, refuses):
         (("KD.TERMS.review.TAPS", ["p9"]), "p9"),
     ):
         with refuses(part):
-            open_workbench(digits_config("reviewkd_kd_frcnn", *option))
+            open_bench(digits_config("reviewkd_kd_frcnn", *option))
 
 
 def test_a_term_with_a_pre_stage_runs_before_it_and_is_named(digits_config):
-    bench = open_workbench(digits_config("mhgd_frcnn"))
+    bench = open_bench(digits_config("mhgd_frcnn"))
     assert bench.pre_stage == list(bench.distiller.terms)
     assert bench.losses(next(bench.batches())).keys() > set(bench.pre_stage)
 
@@ -186,8 +189,8 @@ def test_a_run_that_condenses_its_data_is_shorter(digits_config):
     kcd = digits_config("kcd_frcnn", "KD.KCD.PERIOD", 2, "KD.KCD.RHO", 0.5, "SOLVER.MAX_ITER", 8)
     # Six images and two per batch: KCD keeps 6 * 0.5 ** (t / 4) of them in stage t.
     expected = sum(round(2 * round(6 * 0.5 ** (t / 4)) / 6) for t in range(4))
-    assert open_workbench(kcd).iterations() == expected < 8
-    assert open_workbench(digits_config("baseline_frcnn")).iterations() == 4
+    assert open_bench(kcd).iterations() == expected < 8
+    assert open_bench(digits_config("baseline_frcnn")).iterations() == 4
 
 
 def test_data_that_does_not_fit_is_refused_when_it_is_looked_at(digits_config, tmp_path, digits):
@@ -197,12 +200,12 @@ def test_data_that_does_not_fit_is_refused_when_it_is_looked_at(digits_config, t
     other = tmp_path / "eleven.json"
     other.write_text(json.dumps(content))
     entry = repr([str(other), str(root)])
-    bench = open_workbench(digits_config("baseline_frcnn", "DATASETS.COCO_JSON.small_val", entry))
+    bench = open_bench(digits_config("baseline_frcnn", "DATASETS.COCO_JSON.small_val", entry))
     with pytest.raises(KDError, match="11"):
         bench.evaluate("student", 1)
 
 
 def test_names_that_are_not_as_many_as_the_teachers_classes_are_left_out(digits_config):
     options = ("KD.TEACHER.CLASS_NAMES", ["a", "b"], "KD.ACTIVE_TERMS", ["review"])
-    bench = open_workbench(digits_config("reviewkd_kd_frcnn", *options))
+    bench = open_bench(digits_config("reviewkd_kd_frcnn", *options))
     contract.check_names_that_do_not_fit_are_none(bench)

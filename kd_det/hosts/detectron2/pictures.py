@@ -6,29 +6,28 @@ from detectron2.config import CfgNode
 from detectron2.engine.hooks import HookBase
 from detectron2.utils import comm
 
-from kd_det.visualize.periodic import PeriodicPictures
-from kd_det.visualize.subject import find_subject
+from kd_det.hosts.base import MakePictures, Pictures
 
 
-class VisualizeHook(HookBase):
-    """Draw the batch at hand every ``VIS_PERIOD`` iterations, on the main process.
+class DrawPictures(HookBase):
+    """Draws every ``VIS_PERIOD`` iterations, on the main process of a run with distillation.
 
-    The trainer's own writer takes the images from its event storage.
+    Must come before the hook that writes, which takes the images from the event storage.
 
     Args:
-        cfg: of the run. Nothing happens in one without distillation.
+        cfg: the config of the run.
+        make: see :data:`kd_det.hosts.base.MakePictures`.
     """
 
-    def __init__(self, cfg: CfgNode) -> None:
+    def __init__(self, cfg: CfgNode, make: MakePictures) -> None:
         self.cfg = cfg
-        self._pictures: PeriodicPictures | None = None
+        self.make = make
+        self._pictures: Pictures | None = None
 
     def before_train(self) -> None:
         model = getattr(self.trainer.model, "module", self.trainer.model)  # inside DDP
-        distiller = getattr(model, "distiller", None)
-        if comm.is_main_process() and distiller is not None:
-            subject = find_subject(self.cfg, model, distiller)
-            self._pictures = PeriodicPictures(subject, self.cfg.VIS_PERIOD)
+        if comm.is_main_process():
+            self._pictures = self.make(self.cfg, model, model.distiller)
 
     def before_step(self) -> None:
         if self._pictures is not None:

@@ -1,8 +1,7 @@
-"""The course of a run on Lightning, from a command to its results."""
+"""The course of a run on Lightning, from a model to its results."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
@@ -11,52 +10,16 @@ from contextlib import contextmanager
 
 import lightning.pytorch as pl
 import torch
-from fvcore.common.config import CfgNode
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from kd_det.core.files import replace_text
-from kd_det.hosts.lightning.hardware import announce_rendezvous
-from kd_det.hosts.lightning.module import DistillationModule, Results
+from kd_det.hosts.lightning.module import DistillationModule
 from kd_det.hosts.lightning.run import Run
 from kd_det.hosts.lightning.trainer import run_loggers
 from kd_det.run.folder import CONFIG, FINAL, LOG, RESULTS
+from kd_det.run.plan import Results
 from kd_det.run.record import parameter_counts, recorded_run
 
 logger = logging.getLogger(__name__)
-
-
-def main(
-    args: argparse.Namespace, load_config: Callable[..., CfgNode], run: Callable[..., Results]
-) -> Results:
-    """Entry point of ``tools/train_net.py`` for a host on Lightning.
-
-    Args:
-        args: ``config_file``, ``opts``, ``resume``, ``eval_only``, ``num_gpus``,
-            ``num_machines``, ``machine_rank`` and ``dist_url``.
-        load_config: the host's, of a file and overrides.
-        run: the host's.
-    """
-    cfg = load_config(args.config_file, args.opts)
-    machines = announce_rendezvous(args)
-    results = run(
-        cfg,
-        resume=args.resume,
-        eval_only=args.eval_only,
-        num_gpus=getattr(args, "num_gpus", 1),
-        num_machines=machines,
-    )
-    show = rank_zero_only(print)
-    for line in result_lines(results):
-        show(line)
-    return results
-
-
-def result_lines(results: Results) -> list[str]:
-    """``bbox: AP 31.20, AP50 ...``, one line per kind."""
-    return [
-        f"{kind}: " + ", ".join(f"{k} {v:.2f}" for k, v in values.items())
-        for kind, values in results.items()
-    ]
 
 
 def conduct(
@@ -66,25 +29,39 @@ def conduct(
     pre_stage: Callable[[], None],
     save_at_end: bool,
 ) -> Results:
-    """Train and evaluate, or only evaluate, and leave everything in ``OUTPUT_DIR``.
+    """Train and evaluate, or only evaluate; leave everything in ``OUTPUT_DIR``, print the results.
 
     Args:
         run: the run.
-        lit: what trains, built.
+        lit: the module to train.
         trainer: see :func:`kd_det.hosts.lightning.trainer.build_trainer`.
-        pre_stage: teaches the losses what they need beforehand; called unless a checkpoint of the
+        pre_stage: trains what the losses need beforehand; called unless a checkpoint of the
             run itself follows.
         save_at_end: write the checkpoint once more after the last iteration, because the trainer
             does so at intervals only.
     """
-    if run.eval_only:
+    if run.start.eval_only:
         trainer.validate(lit, verbose=False)
-        return lit.results
+        results = lit.results
+    else:
+        results = _train(run, lit, trainer, pre_stage, save_at_end)
+    if trainer.is_global_zero:
+        print(*_result_lines(results), sep="\n")
+    return results
+
+
+def _train(
+    run: Run,
+    lit: DistillationModule,
+    trainer: pl.Trainer,
+    pre_stage: Callable[[], None],
+    save_at_end: bool,
+) -> Results:
     with _documented(run, lit, trainer):
         if not run.resumed:
             pre_stage()
-        # Whatever was drawn so far must not show in training, and every process needs its own
-        # stream.
+        # Random numbers drawn so far must not show in training, and every process needs a stream
+        # of its own.
         pl.seed_everything(run.seed + trainer.global_rank, verbose=False)
         trainer.fit(lit, ckpt_path=str(run.checkpoint) if run.resumed else None)
         if save_at_end:
@@ -99,6 +76,14 @@ def conduct(
     return results
 
 
+def _result_lines(results: Results) -> list[str]:
+    """``bbox: AP 31.20, AP50 ...``, one line per kind."""
+    return [
+        f"{kind}: " + ", ".join(f"{k} {v:.2f}" for k, v in metrics.items())
+        for kind, metrics in results.items()
+    ]
+
+
 @contextmanager
 def _documented(run: Run, lit: DistillationModule, trainer: pl.Trainer) -> Iterator[None]:
     """Config, record, log and loggers around a training; the main process writes them."""
@@ -109,16 +94,16 @@ def _documented(run: Run, lit: DistillationModule, trainer: pl.Trainer) -> Itera
     run.log.write_to(run.output / LOG if main_process else None)
     counts = parameter_counts(lit.student, lit.distiller, lit.teacher)
     with recorded_run(run.output, run.cfg, run.seed, run.resumed, main_process, parameters=counts):
-        how = "continued from its checkpoint" if run.resumed else "started"
-        logger.info("run %s: %s", how, " ".join(sys.argv))
+        beginning = "continued from its checkpoint" if run.resumed else "started"
+        logger.info("run %s: %s", beginning, " ".join(sys.argv))
         logger.info("seed %d; parameters: %s", run.seed, counts)
         trainer.loggers = run_loggers(run)
         try:
             yield
         except BaseException:
-            # The traceback is for the file; the screen gets it from whoever called.
+            # The traceback is for the file; the caller shows it on the screen.
             logger.info("the run failed", exc_info=True)
             raise
-        for line in result_lines(lit.results):
+        for line in _result_lines(lit.results):
             logger.info("%s", line)
         logger.info("done")

@@ -8,27 +8,27 @@ from fvcore.common.config import CfgNode
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from kd_det.visualize.periodic import PeriodicPictures
-from kd_det.visualize.subject import find_subject
+from kd_det.hosts.base import MakePictures, Pictures
 
 
-class VisualizeCallback(Callback):
-    """Draw the batch at hand every ``VIS_PERIOD`` iterations, on the main process.
+class DrawPictures(Callback):
+    """Draws every ``VIS_PERIOD`` iterations, on the main process of a run with distillation.
 
     Args:
-        cfg: of the run. Nothing happens in one without distillation.
+        cfg: the config of the run.
+        make: see :data:`kd_det.hosts.base.MakePictures`.
     """
 
-    def __init__(self, cfg: CfgNode) -> None:
+    def __init__(self, cfg: CfgNode, make: MakePictures) -> None:
         self.cfg = cfg
-        self._pictures: PeriodicPictures | None = None
+        self.make = make
+        self._pictures: Pictures | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model: Any = pl_module.model
         distiller = getattr(model, "distiller", None)
         if trainer.is_global_zero and distiller is not None:
-            subject = find_subject(self.cfg, model.student, distiller)
-            self._pictures = PeriodicPictures(subject, self.cfg.VIS_PERIOD)
+            self._pictures = self.make(self.cfg, model.student, distiller)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
