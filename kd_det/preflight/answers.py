@@ -6,7 +6,6 @@ that is asked.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +51,14 @@ class Answer:
     prediction: Detections | Tensor
 
 
-def examples(bench: Workbench, count: int) -> list[Example]:
-    """The first ``count`` training images that have objects, as the run augments them."""
-    return list(itertools.islice(_examples(bench), count))
+def examples(bench: Workbench) -> Iterator[Example]:
+    """Training images that have objects, as the run augments them."""
+    for batch in bench.batches():
+        for picture, truth in zip(bench.pictures(batch), bench.ground_truth(batch), strict=True):
+            if isinstance(truth, Tensor):
+                yield Example(picture, None, truth.reshape(1).cpu())
+            elif len(truth.classes):
+                yield Example(picture, truth.boxes.cpu(), truth.classes.cpu())
 
 
 def answer(bench: Workbench, side: Side, example: Example, num_classes: int) -> Answer:
@@ -161,12 +165,3 @@ def draw_answers(
             labels_of_row.append(text)
     detections = isinstance(answers[0].prediction, Detections)
     draw_grid(images, path, rows=("annotation", "teacher"), labels=labels, detections=detections)
-
-
-def _examples(bench: Workbench) -> Iterator[Example]:
-    for batch in bench.batches():
-        for picture, truth in zip(bench.pictures(batch), bench.ground_truth(batch), strict=True):
-            if isinstance(truth, Tensor):
-                yield Example(picture, None, truth.reshape(1).cpu())
-            elif len(truth.classes):
-                yield Example(picture, truth.boxes.cpu(), truth.classes.cpu())

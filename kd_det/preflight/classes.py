@@ -79,11 +79,7 @@ def _judge_names(
 
 
 def _judge_answers(
-    section: Section,
-    counts: Tensor,
-    indices: list[int],
-    own: Sequence[str],
-    others: Sequence[str],
+    section: Section, counts: Tensor, indices: list[int], own: Sequence[str], others: Sequence[str]
 ) -> None:
     wrong, judged = [], 0
     right = sum(int(counts[k, t]) for k, t in enumerate(indices[: len(counts)]) if t >= 0)

@@ -116,7 +116,7 @@ def entry(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def sees(model: nn.Module, own: PixelInput, other: PixelInput) -> Iterator[None]:
+def under_input(model: nn.Module, own: PixelInput, other: PixelInput) -> Iterator[None]:
     """Within the block, ``model`` gets its images as if ``other`` were configured.
 
     Args:

@@ -28,18 +28,10 @@ def inspect_taps(section: Section, context: Context) -> None:
         for index, (student, teacher) in enumerate(term.taps):
             pair = steps.student[student], steps.teacher[teacher]
             strides = [_stride(value, steps) for value in pair]
-            first = index == 0
-            rows.append(
-                (
-                    term.name if first else "",
-                    f"{student} {_shape(pair[0])}",
-                    f"{teacher} {_shape(pair[1])}",
-                    _both(strides),
-                    _parts(module) if first else "",
-                    f"{learned:,}" if first else "",
-                    f"{macs:.3f}" if first else "",
-                )
-            )
+            own = (term.name, _parts(module), f"{learned:,}", f"{macs:.3f}")
+            name, *learns = own if index == 0 else [""] * len(own)
+            taps = f"{student} {_shape(pair[0])}", f"{teacher} {_shape(pair[1])}"
+            rows.append((name, *taps, _both(strides), *learns))
             if None not in strides and strides[0] != strides[1]:
                 section.warn(
                     f"term '{term.name}' compares student '{student}' (stride {strides[0]}) with "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def _predict(section: Section, context: Context) -> float:
     """Predictions of the teacher for training images; returns its seconds per image."""
     bench, settings = context.bench, context.settings
     names = bench.class_names("student"), bench.class_names("teacher")
-    wanted = examples(bench, settings.images)
+    wanted = list(itertools.islice(examples(bench), settings.images))
     if not wanted:
         section.warn("no training image has an object")
         return 0.0
@@ -143,7 +144,7 @@ def _try_inputs(section: Section, context: Context, each: float, count: int) -> 
     tried: dict[str, tuple[PixelInput, list[Answer]]] = {what: (x, []) for what, x in others}
     for example in within(context.examples, seconds):
         for pixels, answers in tried.values():
-            with inputs.sees(model, own, pixels):
+            with inputs.under_input(model, own, pixels):
                 answers.append(answer(bench, "teacher", example, count))
     number = len(tried[others[0][0]][1])
     better = inputs.find_better(context.answers[:number], tried, indices)

@@ -228,10 +228,8 @@ def _median(run: Run, name: str) -> float | None:
 
 
 def _hours(run: Run) -> float | None:
-    times = run.curves.get("time", {})
-    if not times:
-        return None
-    return statistics.mean(times.values()) * run.iterations / 3600
+    times = run.curves.get("time", {}).values()
+    return statistics.mean(times) * run.iterations / 3600 if times else None
 
 
 def _memory(run: Run) -> float | None:

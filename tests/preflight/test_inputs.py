@@ -1,4 +1,4 @@
-"""Whether a model sees the pixels it was trained on: conventions, and the same images otherwise."""
+"""Whether a model gets the pixels it was trained on: conventions, and the same images otherwise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kd_det.bench.workbench import PixelInput
 from kd_det.hosts.torchvision_detection.config import load_config
 from kd_det.hosts.torchvision_detection.models import build_model
 from kd_det.preflight.answers import Answer, agreed, confusion, truth_confidence
-from kd_det.preflight.inputs import CONVENTIONS, alternatives, find_better, oddities, sees
+from kd_det.preflight.inputs import CONVENTIONS, alternatives, find_better, oddities, under_input
 from tests.preflight import squares
 
 RGB = PixelInput("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375), 255, 32)
@@ -61,7 +61,7 @@ def test_a_model_that_sees_otherwise_is_the_model_configured_otherwise(order, tm
     image = torch.rand(3, 60, 64)
     entered = []
     handle = model.backbone.body.register_forward_pre_hook(lambda m, args: entered.append(args[0]))
-    with torch.no_grad(), sees(model, HALF, other):
+    with torch.no_grad(), under_input(model, HALF, other):
         model([image])
     handle.remove()
     model.transform.image_mean, model.transform.image_std = list(other.mean), list(other.std)
