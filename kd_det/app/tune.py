@@ -17,8 +17,8 @@ from kd_det.tuning.space import SAMPLERS, Space, make_space
 from kd_det.tuning.tune import tune
 
 _DESCRIPTION = """\
-The best loss weights of a run, one key after the other, each with the best of those before.
-It can be interrupted and started again. Overrides of config keys come last."""
+Search the best loss weights of a run, one key after the other, with the best values of the keys
+before. It can be interrupted and started again. Overrides of config keys come last."""
 _EXAMPLE = """\
 example:
   %(prog)s --config-file configs/digits_torchvision/reviewkd_kd_frcnn.yaml \\
@@ -27,12 +27,12 @@ example:
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Search. Returns 2 for a mistake in the input, 130 if interrupted, 1 if a value failed."""
+    """Search; the exit status is 2 for bad input, 130 if interrupted, 1 if a value failed."""
     args = parse_arguments(argv, prog)
     received: list[int] = []
 
     def interrupt(signum: int, frame: Any) -> None:
-        # With several jobs the trainings are watched by other threads than this one.
+        # With several jobs other threads wait for the trainings.
         received.append(signum)
         raise KeyboardInterrupt
 
@@ -83,7 +83,7 @@ def argument_parser(prog: str | None = None) -> argparse.ArgumentParser:
 def parse_arguments(
     argv: Sequence[str] | None = None, prog: str | None = None
 ) -> argparse.Namespace:
-    """The command line; overrides may follow a list of numbers, too."""
+    """The command line; overrides may also follow a list of numbers."""
     args = argument_parser(prog).parse_args(argv)
     for name, kind in (("values", float), ("seeds", int)):
         numbers, overrides = _leading(getattr(args, name), kind)

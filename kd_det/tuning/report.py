@@ -15,12 +15,12 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 _COLUMNS = 3
-_LOG_RATIO = 8.0  # from here on values are read as magnitudes
+_LOG_RATIO = 8.0  # of largest and smallest value, from which an axis is logarithmic
 _MOST_TICKS = 8
 
 
 def table(sweeps: Sequence[Sweep], metric: str, seeds: Sequence[int]) -> str:
-    """One Markdown table per key, each with a sentence that says how sure its best value is."""
+    """One Markdown table per key, each with the :func:`verdict` on its best value."""
     over = f"seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
     lines = [
         f"# Greedy search for the highest {metric}",
@@ -57,32 +57,26 @@ def _rows(sweep: Sweep, seeds: Sequence[int]) -> list[str]:
 
 
 def verdict(sweep: Sweep) -> str:
-    """Whether the best value is better than the next one by more than the seed makes out."""
+    """The lead of the best value over the second best, compared with the noise of the seeds."""
     best, *others = sweep.finished
-    said = f"Best: {best.value:g}"
+    text = f"Best: {best.value:g}"
     if not others:
-        return f"{said}, the only finished value."
+        return f"{text}, the only finished value."
     digits = _digits(sweep)
     margin = best.mean - others[0].mean
-    said += f", {margin:.{digits}f} ahead of {others[0].value:g}"
+    text += f", {margin:.{digits}f} ahead of {others[0].value:g}"
     spreads = [p.deviation for p in (best, others[0]) if p.deviation is not None]
     if not spreads:
-        return f"{said}. One seed does not tell the noise; search with `--seeds 1 2 3`."
-    # The larger of the two: neither value may look steadier than the other.
+        return f"{text}. One seed does not tell the noise; search with `--seeds 1 2 3`."
+    # The larger of the two, so that a lucky small deviation does not decide.
     noise = max(spreads)
     if margin < noise:
-        return f"{said}: **within seed noise** (sd {noise:.{digits}f})."
-    return f"{said}, more than the sd of {noise:.{digits}f}."
+        return f"{text}: **within seed noise** (sd {noise:.{digits}f})."
+    return f"{text}, more than the sd of {noise:.{digits}f}."
 
 
 def draw(sweeps: Sequence[Sweep], metric: str, path: Path) -> None:
-    """One panel per key: the metric against the value, bars of one standard deviation.
-
-    Args:
-        sweeps: in the order of the search.
-        metric: names the axis.
-        path: the PNG to write.
-    """
+    """Write a PNG with one panel per key: metric against value, bars of one standard deviation."""
     columns = min(_COLUMNS, len(sweeps))
     rows = math.ceil(len(sweeps) / columns)
     figure, grid = plt.subplots(

@@ -1,4 +1,4 @@
-"""One training run of a search: a process of ``kd-det train``, and what it measured."""
+"""One training run of a search: a process of ``kd-det train``, and its metric."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ _GRACE_SECONDS = 10.0
 
 
 class RunError(KDError):
-    """A training that broke, for instance because it diverged; other values may still work."""
+    """A training that failed, for instance because it diverged; other values may succeed."""
 
 
 @dataclass
 class TrainNet:
     """Trains one config with given values and seed, and returns a metric.
 
-    A finished run is only read, an interrupted one goes on from its last checkpoint.
+    A finished run is read, an interrupted one continues from its last checkpoint.
 
     Attributes:
         config_file: of any host.
         overrides: ``KEY VALUE`` pairs, the same for all runs.
         metric: ``group/name``, such as ``bbox/AP`` or ``accuracy/top1``.
         num_gpus: processes of each run.
-        jobs: runs at a time; they share the cores of the machine.
-        lock: a file descriptor that trainings inherit, so that a lock on it outlives a search
-            that was killed while its training was not.
-        stop: asked while a training runs; True ends it.
+        jobs: runs at a time, which share the cores of the machine.
+        lock: a file descriptor that trainings inherit, so that a lock on it outlives a killed
+            search as long as its training does.
+        stop: called while a training runs; True ends it.
     """
 
     config_file: str
@@ -59,7 +59,7 @@ class TrainNet:
         """Train into ``output`` with ``values`` over the config's own.
 
         Raises:
-            RunError: the training broke.
+            RunError: the training failed.
             KDError: ``kd-det train`` refused its input, or the metric is not among the results.
         """
         if read_results(output) is None:
@@ -71,7 +71,7 @@ class TrainNet:
         screen = output / SCREEN
         command = [sys.executable, *TRAIN, "--config-file", self.config_file]
         command += ["--num-gpus", str(self.num_gpus)]
-        # Also where it was cut off before its first checkpoint: its folder is not new any more.
+        # Also without a checkpoint: the folder of an interrupted run is not new.
         command += ["--resume"] if screen.exists() else []
         command += [*self.overrides, *opts, "OUTPUT_DIR", str(output)]
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
@@ -83,7 +83,7 @@ class TrainNet:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env={"OMP_NUM_THREADS": str(threads)} | os.environ,
-                start_new_session=True,  # a group of its own: it is ended with all it started
+                start_new_session=True,  # to end it together with the processes it starts
                 pass_fds=[] if self.lock is None else [self.lock],
             )
             try:
@@ -99,10 +99,10 @@ class TrainNet:
 
 
 def read_results(output: Path) -> dict[str, Any] | None:
-    """The results of a finished run, ``{group: {name: value}}``; None if it is not finished."""
+    """The results of a run, ``{group: {name: value}}``; None if it is not finished."""
     try:
         return json.loads((output / RESULTS).read_text())
-    except (OSError, json.JSONDecodeError):  # cut off while it was written
+    except (OSError, json.JSONDecodeError):  # interrupted in writing
         return None
 
 

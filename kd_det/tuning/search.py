@@ -1,4 +1,4 @@
-"""The greedy search: one Optuna study per key, with the best values of the keys before it."""
+"""The greedy search: one Optuna study per key, with the best values of the earlier keys."""
 
 from __future__ import annotations
 
@@ -27,13 +27,7 @@ Run = Callable[[Mapping[str, float], int, Path], float]
 
 @dataclass(frozen=True)
 class Point:
-    """One value that was tried.
-
-    Attributes:
-        value: of the key.
-        scores: the metric of each seed; empty where a run failed.
-        failure: why it failed.
-    """
+    """One value of a key; ``scores`` has the metric of each seed and is empty after a failure."""
 
     value: float
     scores: tuple[float, ...] = ()
@@ -52,7 +46,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Everything that was tried for one key, by rising value."""
+    """The points of one key, by rising value."""
 
     key: str
     points: tuple[Point, ...]
@@ -70,13 +64,13 @@ class Sweep:
 
 
 class Progress(Protocol):
-    """What a search reports while it runs."""
+    """Receives the progress of a search."""
 
     def begin(self, key: str, done: int) -> None:
         """The search of a key begins or continues; ``done`` of its runs were finished before."""
 
     def advance(self, runs: int) -> None:
-        """That many runs are over."""
+        """That many runs have ended."""
 
 
 def greedy_search(
@@ -92,30 +86,26 @@ def greedy_search(
 ) -> list[Sweep]:
     """Maximise a metric key by key. Started again, it continues where it was.
 
-    Everything is kept in ``output``: the trials in an Optuna storage, ``search.journal``, and each
-    run in ``runs/<key>/<value>/seed_<seed>``. What failed or was cut off is tried once more, what
-    finished is not.
+    ``output`` holds the trials in an Optuna storage, ``search.journal``, and each run in
+    ``runs/<key>/<value>/seed_<seed>``. Failed and interrupted runs are tried once more.
 
     Args:
         spaces: the values to try, in the order of the search.
         run: trains once and returns the metric.
         output: the folder of this search.
         seeds: a value's score is the mean over them.
-        settings: of the best values so far, everything else that a score depends on, as JSON.
-        progress: told about every run.
-        after_key: called with the sweeps so far whenever a key is done.
+        settings: ``(best values so far) -> all that a score depends on``, as JSON.
+        progress: receives every run.
+        after_key: called with the sweeps so far after every key.
         jobs: values that are trained at a time.
 
-    Returns:
-        One sweep per key.
-
     Raises:
-        KDError: the search in ``output`` was begun with other settings, or every value of a key
+        KDError: the search in ``output`` was begun with other settings, every value of a key
             failed, or ``run`` raised it.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     output.mkdir(parents=True, exist_ok=True)
-    # One file like SQLite's, but also on file systems whose locks SQLite cannot use.
+    # One file, also on file systems whose locks SQLite cannot use.
     storage = JournalStorage(JournalFileBackend(str(output / JOURNAL)))
     fixed: dict[str, float] = {}
     sweeps: list[Sweep] = []
@@ -127,7 +117,7 @@ def greedy_search(
         _check_settings(
             study, {"seeds": list(seeds), "log": space.log, **settings(fixed)}, output, folder
         )
-        # A seed of its own for every start: the same one would draw the same values again.
+        # Another seed at every start: the same one would draw the same values again.
         study.sampler = space.make_sampler(len(study.trials))
         todo = _queue(study, key, space)
         progress.begin(key, done=(space.trials - todo) * len(seeds))
@@ -153,12 +143,12 @@ def greedy_search(
 
 
 def _queue(study: optuna.Study, key: str, space: Space) -> int:
-    """Put the values that must be tried (again) first in line; returns how many trials to run.
+    """Queue the values that must be tried first; returns the number of trials to run.
 
-    Optuna's ``GridSampler`` is not used: with several jobs it gives a value that was cut off to
-    more than one of them, and a list that grew starts with values that were tried before.
+    Optuna's ``GridSampler`` is not used: with several jobs it gives an interrupted value to more
+    than one of them, and an extended list starts with values that were tried before.
     """
-    # What a killed process left queued or running is closed, and queued again below.
+    # Trials that a killed process left queued or running are closed, and queued again below.
     while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
         study.ask()
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
@@ -201,22 +191,21 @@ def _score(
 
 
 def read_sweep(study: optuna.Study, key: str) -> Sweep:
-    """What a study knows of its key; a failure only where the value never finished."""
+    """The points of a study; a failure only where the value never finished."""
     points: dict[float, Point] = {}
     for trial in study.get_trials(states=(TrialState.FAIL, TrialState.COMPLETE)):
+        value: Any = trial.params.get(key)
         if trial.state == TrialState.COMPLETE:
-            value = trial.params[key]
             points[value] = Point(value, tuple(trial.user_attrs["scores"]))
-        elif "failure" in trial.user_attrs and not points.get(trial.params[key]):
-            value = trial.params[key]
-            points[value] = Point(value, failure=trial.user_attrs["failure"])
+        elif "failure" in trial.user_attrs:
+            points.setdefault(value, Point(value, failure=trial.user_attrs["failure"]))
     return Sweep(key, tuple(points[value] for value in sorted(points)))
 
 
 def _check_settings(
     study: optuna.Study, settings: Mapping[str, Any], output: Path, folder: Path
 ) -> None:
-    """Refuse to mix scores that cannot be compared."""
+    """Refuse to continue a search under other settings, whose scores are not comparable."""
     now = json.loads(json.dumps(settings))
     before = study.user_attrs.get("settings")
     if before is None:

@@ -16,15 +16,15 @@ SAMPLERS = ("grid", "tpe", "random")
 
 @dataclass(frozen=True)
 class Space:
-    """Values to try for one key; build it with :func:`make_space`, which checks.
+    """Values to try for one key, as :func:`make_space` checks and builds them.
 
     Attributes:
         low: the smallest value.
         high: the largest value.
-        trials: how many values are tried in all.
+        trials: number of values.
         log: draw evenly in the logarithm.
         sampler: ``"tpe"`` or ``"random"``, or ``"grid"`` for exactly ``values``.
-        values: the values of a grid, in the order in which they are tried.
+        values: those of a grid, in their order.
     """
 
     low: float
@@ -36,11 +36,11 @@ class Space:
 
     @property
     def examples(self) -> tuple[float, ...]:
-        """Values on which a config can be checked before anything is trained."""
+        """Values with which a config can be checked in advance."""
         return self.values or (self.low, self.high)
 
     def make_sampler(self, seed: int) -> BaseSampler:
-        """Optuna's sampler. A grid is queued, so its sampler is never asked."""
+        """Optuna's sampler; unused by a grid, whose values are queued."""
         if self.sampler == "tpe":
             # Optuna draws its first 10 values at random: all there are in a short search.
             return TPESampler(seed=seed, n_startup_trials=min(10, max(1, self.trials // 2)))
@@ -63,13 +63,13 @@ def make_space(
         low: smallest value of a range.
         high: largest value of a range.
         log: space a range evenly in the logarithm.
-        trials: number of values from a range, default 10.
+        trials: number of values from a range.
         sampler: ``"grid"`` (evenly spaced), ``"tpe"`` or ``"random"``. Default: grid for values,
             tpe for a range.
 
     Raises:
         KDError: both or neither of values and range, values that are not finite or repeat, an
-            empty range, a logarithm of what is not positive, or no trials.
+            empty range, a logarithmic range that is not positive, or no trials.
     """
     sampler = sampler or ("grid" if values else "tpe")
     check_choice("sampler", sampler, SAMPLERS)
@@ -113,7 +113,7 @@ def make_space(
 
 
 def as_text(value: float) -> str:
-    """A value as it is written in a command and in a path; short, and the same when read back."""
+    """A value in a command and in a path: short, and the same number when read back."""
     return str(int(value)) if value.is_integer() else repr(value)
 
 

@@ -1,4 +1,4 @@
-"""A whole search: checks, runs with a progress bar, and what is written at its end."""
+"""A whole search: checks, runs with a progress bar, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -18,20 +18,13 @@ from rich.progress import (
 )
 
 from kd_det.core.errors import fail
-from kd_det.tuning.plan import (
-    check_metric,
-    check_search,
-    choose_seeds,
-    load_config,
-    settings,
-    write_best,
-)
+from kd_det.tuning.plan import TABLE, TunedConfig
 from kd_det.tuning.report import draw, table
 from kd_det.tuning.runs import TrainNet
 from kd_det.tuning.search import Run, Sweep, greedy_search
 from kd_det.tuning.space import Space
 
-TABLE, PLOT, BEST, LOCK = "table.md", "search.png", "best.yaml", "search.lock"
+PLOT, BEST, LOCK = "search.png", "best.yaml", "search.lock"
 
 
 def tune(
@@ -49,8 +42,8 @@ def tune(
 ) -> list[Sweep]:
     """Search the best value of each key in turn; started again, it continues where it was.
 
-    ``output`` gets ``table.md``, ``search.png``, ``best.yaml``, Optuna's ``search.journal`` and the
-    runs, after every key.
+    ``table.md``, ``search.png`` and ``best.yaml`` are written to ``output`` after every key, beside
+    Optuna's ``search.journal`` and the runs.
 
     Args:
         config_file: of any host.
@@ -62,14 +55,11 @@ def tune(
         overrides: ``KEY VALUE`` pairs for all runs.
         jobs: values that are trained at a time.
         num_gpus: processes of each run.
-        stop: asked while trainings run; True ends them and the search.
+        stop: called while trainings run; True ends them and the search.
         run: replaces the training.
 
-    Returns:
-        One sweep per key.
-
     Raises:
-        KDError: anything that would fail later, before the first training; or see
+        KDError: before the first training, about any value that would fail later; or see
             :func:`kd_det.tuning.search.greedy_search`.
     """
     if jobs < 1 or (jobs > 1 and num_gpus > 1):
@@ -78,18 +68,14 @@ def tune(
             received=f"{jobs} jobs of {num_gpus} processes",
             remedy="give --jobs 1, or --num-gpus 1",
         )
-    check_search(config_file, overrides, spaces)
-    metric = check_metric(config_file, metric)
-    seeds = choose_seeds(config_file, overrides, seeds)
-
-    def current(fixed: Mapping[str, float]) -> dict[str, object]:
-        return {"metric": metric, **settings(load_config(config_file, overrides, fixed))}
+    config = TunedConfig(config_file, overrides)
+    config.check(spaces)
+    metric, seeds = config.metric(metric), config.seeds(seeds)
 
     def write(sweeps: Sequence[Sweep]) -> None:
         (output / TABLE).write_text(table(sweeps, metric, seeds))
         draw(sweeps, metric, output / PLOT)
-        best = {sweep.key: sweep.best.value for sweep in sweeps}
-        write_best(output / BEST, config_file, overrides, best)
+        config.write(output / BEST, {sweep.key: sweep.best.value for sweep in sweeps})
 
     total = len(seeds) * sum(space.trials for space in spaces.values())
     with _locked(output) as lock, _Bar(total) as bar:
@@ -99,7 +85,7 @@ def tune(
             run,
             output,
             seeds=seeds,
-            settings=current,
+            settings=lambda fixed: {"metric": metric, **config.settings(fixed)},
             progress=bar,
             after_key=write,
             jobs=jobs,
@@ -108,7 +94,7 @@ def tune(
 
 @contextmanager
 def _locked(output: Path) -> Iterator[int]:
-    """Only one search at a time in a folder, and none beside a training that outlived its own."""
+    """A lock against a second search in a folder, which a surviving training still holds."""
     output.mkdir(parents=True, exist_ok=True)
     with (output / LOCK).open("w") as file:
         try:
@@ -135,7 +121,7 @@ class _Bar:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
-            # A run takes minutes or days: every one of them counts for the time left.
+            # A run takes minutes or days: the time left is estimated from all of them.
             speed_estimate_period=float("inf"),
         )
         self._task = self._bar.add_task("", total=total)
@@ -150,7 +136,7 @@ class _Bar:
     def begin(self, key: str, done: int) -> None:
         self._bar.update(self._task, description=key)
         if done:
-            # Runs of an earlier start took no time in this one.
+            # Runs of an earlier start do not count for the speed of this one.
             task = self._bar.tasks[self._task]
             self._bar.reset(self._task, completed=int(task.completed) + done, description=key)
         self._bar.advance(self._task, 0)  # where the time of the first run begins

@@ -17,7 +17,7 @@ from PIL import Image
 from kd_det.app import tune as cli
 from kd_det.data.digits.detection import DigitsSpec, write_digits
 from kd_det.tuning import tune
-from kd_det.tuning.plan import load_config
+from kd_det.tuning.plan import TunedConfig
 from kd_det.tuning.space import make_space
 from tests.tuning.toy import CONFIG, DECADES, FIRST, ROOT, SECOND, Toy
 
@@ -42,10 +42,10 @@ def test_a_search_writes_table_plot_and_the_best_config(tmp_path):
         assert image.size[1] > 400
     best = yaml.safe_load((output / "best.yaml").read_text())
     assert set(best) == {"_BASE_", "SOLVER", "KD"}
-    cfg = load_config(str(output / "best.yaml"))
+    cfg = TunedConfig(str(output / "best.yaml")).load()
     assert cfg.KD.TERMS.review.WEIGHT == cfg.KD.TERMS.roi_logits.WEIGHT == 0.1
     assert cfg.SOLVER.MAX_ITER == 7
-    expected = load_config(CONFIG, ["SOLVER.MAX_ITER", "7"], {FIRST: 0.1, SECOND: 0.1})
+    expected = TunedConfig(CONFIG, ["SOLVER.MAX_ITER", "7"]).load({FIRST: 0.1, SECOND: 0.1})
     assert cfg == expected
 
 
@@ -187,7 +187,7 @@ def test_real_trainings_are_searched_and_not_repeated(small, tmp_path, capsys):
     assert cli.main(argv) == 0, capsys.readouterr().err
     folder = output / "runs" / FIRST / "0.5" / "seed_1"
     assert yaml.safe_load((folder / "config.yaml").read_text())["KD"]["TERMS"]["review"] == {
-        **dict(load_config(CONFIG).KD.TERMS.review),
+        **dict(TunedConfig(CONFIG).load().KD.TERMS.review),
         "WEIGHT": 0.5,
     }
     written = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
