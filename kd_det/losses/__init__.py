@@ -1,4 +1,4 @@
-"""Distillation losses: one paper, one file. Each sees tensors only."""
+"""Distillation losses of tensors: one paper, one file or folder."""
 
 from kd_det.core.loss import DistillLoss, TapSpec
 from kd_det.losses.at import ATLoss, at_loss, attention_map

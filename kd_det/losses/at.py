@@ -114,8 +114,7 @@ class ATLoss(DistillLoss):
     """:func:`at_loss`, summed over the taps. Nothing is learned.
 
     Args:
-        p: see :func:`attention_map`.
-        mode: see :func:`at_loss`.
+        p, mode: see :func:`at_loss`.
     """
 
     def __init__(self, p: float = 2, mode: Mode = "code") -> None:

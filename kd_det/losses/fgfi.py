@@ -41,10 +41,10 @@ def fgfi_mask(
     assign: Assign = "roi",
     inclusive: bool = False,
 ) -> list[Tensor]:
-    """Cells whose anchors overlap a box well *relative to the best overlap that box gets*.
+    """Cells near objects, from the overlap of their anchors with ground-truth boxes.
 
-    A cell is marked if any of its anchors has an IoU above ``threshold`` times the largest IoU
-    the box reaches on that level. Boxes that overlap no anchor mark nothing.
+    A cell is marked if the IoU of any of its anchors with a box is above ``threshold`` times the
+    largest IoU that this box has on that level. Boxes that overlap no anchor mark no cell.
 
     Args:
         anchors: per level ``[H * W * A, 4]``, rows ordered y, x, anchor; neither clipped nor
@@ -54,11 +54,11 @@ def fgfi_mask(
         strides: input pixels per cell, per level. Needed for ``assign="roi"`` with more than
             one level.
         threshold: psi, 0.5 in the paper.
-        assign: which boxes count on a level. ``"roi"``: those that FPN's RoI rule sends there
+        assign: the boxes that count on a level. ``"roi"``: those that FPN's RoI rule assigns to it
             (DeFeat; the only rule with a published positive result); ``"anchor"``: those whose
-            best anchor lies there, ties to the lowest level; ``"all"``: every box.
-        inclusive: IoU of inclusive pixel boxes (+1), as the reference code; Detectron2 and
-            torchvision do not.
+            best anchor is there, ties to the lowest level; ``"all"``: every box.
+        inclusive: IoU of inclusive pixel boxes (+1) as in the reference code, unlike in Detectron2
+            and torchvision.
 
     Returns:
         Per level a bool mask ``[N, H, W]``.
@@ -75,7 +75,7 @@ def fgfi_mask(
                 received=str(tuple(rows.shape)),
                 remedy="pass the anchors of the same map as the features",
             )
-    # The area of a large box is no number in half precision.
+    # The area of a large box overflows in half precision.
     anchors = [full_precision(rows) for rows in anchors]
     boxes = torch.cat([b.reshape(-1, 4) for b in gt_boxes]) if gt_boxes else anchors[0][:0]
     boxes = full_precision(boxes)
@@ -91,13 +91,13 @@ def fgfi_mask(
         marked.append(_or_by_image(cells, image[on_level], len(gt_boxes), h, w))
         best.append(top)
         if assign == "anchor":
-            marked[-1] = cells  # which of them count is known after the last level
+            marked[-1] = cells  # the level of each box is known after the last level
     if assign == "anchor":
-        home = torch.stack(best).argmax(dim=0)
+        best_level = torch.stack(best).argmax(dim=0)
         for level, (h, w) in enumerate(sizes):
-            here = (home == level).nonzero().flatten()
-            cells = marked[level][:, here]
-            marked[level] = _or_by_image(cells, image[here], len(gt_boxes), h, w)
+            on_level = (best_level == level).nonzero().flatten()
+            cells = marked[level][:, on_level]
+            marked[level] = _or_by_image(cells, image[on_level], len(gt_boxes), h, w)
     return marked
 
 
@@ -157,9 +157,9 @@ def imitation_loss(
         student: adapted maps, per level ``[N, C, H, W]``.
         teacher: the teacher's maps; no gradient flows into them.
         masks: bool ``[N, H, W]`` per level.
-        normalizer: N_p over levels and images together (``"global"``, the formula read
-            literally), or per level, averaged (``"level_mean"``, DeFeat, empty levels included)
-            or summed (``"level_sum"``). N_p is at least 1.
+        normalizer: ``"global"``: N_p counts the marked cells of all levels and images (the formula
+            read literally); ``"level_mean"``: of each level, and levels are averaged, empty ones
+            included (DeFeat); ``"level_sum"``: likewise, levels are summed. N_p is at least 1.
 
     Returns:
         Scalar; an exact zero in the graph where nothing is marked.
@@ -182,7 +182,7 @@ def imitation_loss(
 
 
 def _check_mask(mask: Tensor, cells: tuple[int, ...]) -> None:
-    # A mask of one image would be broadcast over the batch in silence.
+    # A mask of one image would be broadcast over the batch.
     if tuple(mask.shape) != cells:
         fail(
             expected=f"an FGFI mask of shape {cells}",
@@ -200,11 +200,8 @@ class FGFILoss(DistillLoss):
     first.
 
     Args:
-        student_channels: channels per level.
-        teacher_channels: channels per level.
-        strides: input pixels per cell, per level.
-        threshold: see :func:`fgfi_mask`.
-        assign: see :func:`fgfi_mask`.
+        student_channels, teacher_channels: channels per level.
+        strides, threshold, assign: see :func:`fgfi_mask`.
         normalizer: see :func:`imitation_loss`.
         relu: end the adaptor in a ReLU, as the single-level reference on VGG; FPN levels are
             signed and need False.

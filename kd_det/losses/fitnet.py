@@ -57,8 +57,7 @@ class FitNetLoss(DistillLoss):
     """Regress each teacher map from the student's through a :class:`ConvAdaptor`.
 
     Args:
-        student_channels: channels per student map.
-        teacher_channels: channels per teacher map.
+        student_channels, teacher_channels: channels per map.
         student_sizes: fixed ``(H, W)`` per student map (classification), or None for detectors,
             where the adaptor is 1x1 and the adapted map is resized bilinearly if sizes differ.
         teacher_sizes: likewise for the teacher.

@@ -77,10 +77,9 @@ def fsp_loss(
     The widths of the two networks must agree; their spatial sizes need not.
 
     Args:
-        student_first: ``[N, m, h, w]``.
-        student_second: ``[N, n, h', w']``.
-        teacher_first: ``[N, m, ., .]``; no gradient flows into the teacher.
-        teacher_second: ``[N, n, ., .]``.
+        student_first, student_second: ``[N, m, h, w]`` and ``[N, n, h', w']``.
+        teacher_first, teacher_second: ``[N, m, ., .]`` and ``[N, n, ., .]``; no gradient flows into
+            them.
         pool: see :func:`fsp_matrix`.
         reduction: ``"frobenius"`` sums over the matrix and averages samples (the paper);
             ``"mean"`` averages every element (RepDistiller), m * n times smaller.
@@ -111,20 +110,18 @@ def fsp_loss(
 class FSPLoss(DistillLoss):
     """:func:`fsp_loss`, summed over pairs of layers.
 
-    FSP is meant as a first stage: minimise it alone, then train the student without a teacher.
+    In the paper it is minimised alone in a first stage; a second trains without a teacher.
 
     Args:
-        pool: see :func:`fsp_matrix`.
-        reduction: see :func:`fsp_loss`.
+        pool, reduction: see :func:`fsp_loss`.
         pairs: how taps t0, t1, ... are paired: ``"disjoint"`` reads (t0, t1), (t2, t3), ..., for
             example first and last layer of each section (the paper); ``"chain"`` reads (t0, t1),
             (t1, t2), ..., consecutive stages (RepDistiller).
-        resize: whether two maps of one pair may differ in size and are then pooled. The paper's
-            pairs do not differ; False makes it an error.
+        resize: pool two maps of one pair that differ in size; False makes that an error, as the
+            paper's pairs do not differ.
         adapt: bridge other widths by a 1x1 convolution without bias on the student's map (ours;
-            the paper and RepDistiller require equal widths). Default False.
-        student_channels: widths of the student's taps; needed with ``adapt`` only.
-        teacher_channels: likewise for the teacher.
+            the paper and RepDistiller require equal widths).
+        student_channels, teacher_channels: widths of the taps; needed with ``adapt`` only.
 
     Raises:
         KDError: unknown choices, or ``adapt`` without widths.

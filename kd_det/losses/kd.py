@@ -36,7 +36,8 @@ def kd_loss(
         student_logits: ``[M, J]``, or ``[M, ...]`` for sigmoid; any floating dtype, computed in
             at least float32.
         teacher_logits: same shape; no gradient flows into it.
-        temperature: T > 0 dividing both logits. T^2 keeps the gradient's size independent of T.
+        temperature: T > 0, by which both logits are divided. The factor T^2 keeps the size of the
+            gradient independent of T.
         reduction: ``"batchmean"`` sums over classes and averages rows (RepDistiller,
             mdistiller); ``"mean"`` averages every element, J times smaller;
             ``"foreground"`` (ours, sigmoid only) sums everything and divides by the teacher's
@@ -76,8 +77,8 @@ def kd_loss(
 
 
 def _bernoulli_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    # In differences of log-probabilities: subtracting an entropy from a cross-entropy would
-    # cancel to noise over the many elements on which both agree.
+    # From differences of log-probabilities: cross-entropy minus entropy would cancel to noise over
+    # the many elements on which both sides agree.
     positive = torch.sigmoid(teacher) * (F.logsigmoid(teacher) - F.logsigmoid(student))
     negative = torch.sigmoid(-teacher) * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
     return (positive + negative).sum()
@@ -105,9 +106,8 @@ class KDLoss(DistillLoss):
     """:func:`kd_loss`, averaged over the pairs (cascade stages, where a box head has several).
 
     Args:
-        temperature: see :func:`kd_loss`. 1 is what every public detector code uses; CIFAR 4.
-        reduction: see :func:`kd_loss`.
-        activation: see :func:`kd_loss`.
+        temperature, reduction, activation: see :func:`kd_loss`. All public detector codes use
+            temperature 1, those for CIFAR 4.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ def hcl_loss(student: Sequence[Tensor] | Tensor, teacher: Sequence[Tensor] | Ten
 
     Each level averages the full-resolution error (weight 1) with the errors after adaptive
     average pooling to 4x4, 2x2 and 1x1 (weights 1/2, 1/4, 1/8), skipping sizes not below the
-    map's *height*, and halving only for sizes that are used.
+    map's *height*; the weight is halved only for sizes that are used.
 
     Args:
         student: fused student maps, of the teacher's shapes; or a single map.
@@ -74,9 +74,8 @@ class ABF(nn.Module):
     """Attention-based fusion of one level with the fused map of the level below it.
 
     Args:
-        in_channels: channels of the student's map.
+        in_channels, out_channels: channels of the student's and the teacher's map.
         mid_channels: width M in which maps are fused.
-        out_channels: channels of the teacher's map.
         fuse: whether a deeper level exists; the deepest has no attention.
     """
 
@@ -117,8 +116,7 @@ class ReviewKDLoss(DistillLoss):
     """ABF over the student's levels from deep to shallow, then :func:`hcl_loss`.
 
     Args:
-        in_channels: student widths, shallow to deep.
-        out_channels: teacher widths, shallow to deep.
+        in_channels, out_channels: widths of student and teacher, shallow to deep.
         mid_channels: M. Default ``min(512, deepest student width)``, the CIFAR rule, which gives
             256 on a stock FPN; the released detection code uses 256.
         reduction: ``"mean"`` over samples, channels and positions, levels summed; the only choice,

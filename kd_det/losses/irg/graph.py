@@ -129,8 +129,7 @@ def edge_loss(
         reduction: ``"caffe"`` divides the sum by 2N; ``"mean"`` averages over the N * N edges,
             which is ``2 / N`` times as large: at the published N = 64, a weight w for ``"caffe"``
             is 32 w for ``"mean"``.
-        normalize: see :func:`edge_matrix`.
-        detach_max: see :func:`edge_matrix`.
+        normalize, detach_max: see :func:`edge_matrix`.
 
     Returns:
         Scalar; an exact zero in the graph for fewer than two nodes. With two, normalised edges
@@ -163,8 +162,7 @@ def movement_loss(
         teacher: likewise; no gradient flows into them.
         reduction: ``"caffe"`` divides the sum by 2, not by N; ``"mean"`` averages over N, which
             is ``2 / N`` times as large.
-        normalize: see :func:`edge_matrix`.
-        detach_max: see :func:`edge_matrix`.
+        normalize, detach_max: see :func:`edge_matrix`.
         bridge: see :func:`movement`.
 
     Returns:

@@ -162,11 +162,11 @@ class _GraphLoss(DistillLoss):
 
     def _edges(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         # Student layers with the same teacher tensor share its edges and one exchange of nodes.
-        taught: dict[int, list[int]] = {}
+        groups: dict[int, list[int]] = {}
         for k, t in enumerate(teacher):
-            taught.setdefault(id(t), []).append(k)
+            groups.setdefault(id(t), []).append(k)
         losses = []
-        for members in taught.values():
+        for members in groups.values():
             t, *layers = self._nodes(
                 teacher[members[0]].detach(), *(student[k] for k in members), smallest=3
             )
@@ -196,7 +196,7 @@ class _GraphLoss(DistillLoss):
         return torch.stack(losses).sum()
 
     def _nodes(self, *features: Tensor, smallest: int = 0) -> list[Tensor]:
-        """Pooled vectors of the same samples; of all ranks, and thinned out, if asked for."""
+        """Pooled vectors of the same samples, after ``gather`` and ``max_nodes``."""
         check_rows(*features)
         nodes = [pool_nodes(feature) for feature in features]
         if self.gather:
@@ -266,11 +266,8 @@ class IRGMovementLoss(_GraphLoss):
 
     Args:
         lambda3: weight of each pair; 0.005 in the released ``IRG_Transformation.prototxt``.
-        reduction: see :class:`IRGLoss`.
-        detach_max: see :func:`edge_matrix`.
+        reduction, detach_max, gather, max_nodes: see :class:`IRGLoss`.
         bridge: for layers of different width, see :func:`movement`.
-        gather: see :class:`IRGLoss`.
-        max_nodes: see :class:`IRGLoss`.
 
     Raises:
         KDError: an unknown reduction or bridge, or a negative ``max_nodes``.
@@ -301,15 +298,10 @@ class MTKLoss(_GraphLoss):
     :class:`IRGMovementLoss`. The task loss, part of the paper's sum, is the host's.
 
     Args:
-        lambda1: see :class:`IRGLoss` (unverified).
-        lambda2: see :class:`IRGLoss`.
-        lambda3: see :class:`IRGMovementLoss`.
+        lambda1, lambda2: see :class:`IRGLoss` (lambda1 unverified).
+        lambda3, bridge: see :class:`IRGMovementLoss`.
         edges: number of taps after the logits whose edges are compared.
-        reduction: see :class:`IRGLoss`.
-        detach_max: see :func:`edge_matrix`.
-        bridge: see :func:`movement`.
-        gather: see :class:`IRGLoss`.
-        max_nodes: see :class:`IRGLoss`.
+        reduction, detach_max, gather, max_nodes: see :class:`IRGLoss`.
 
     Raises:
         KDError: an unknown reduction or bridge, or a negative ``edges`` or ``max_nodes``.

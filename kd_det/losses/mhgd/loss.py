@@ -72,7 +72,7 @@ def mhgd_loss(student: Tensor, teacher: Tensor, reduction: Reduction = "sum") ->
 
 
 def head_drop(heads: int, samples: int, generator: torch.Generator | None = None) -> Tensor:
-    """Which heads each row keeps while the network learns, ``[H, B, 1]`` of 0 and 1.
+    """A random mask of the heads of each row while the network learns, ``[H, B, 1]`` of 0 and 1.
 
     Each head draws a normal number per row and is kept if it exceeds the mean over heads, about
     half of them. A single head is always kept: it cannot exceed its own mean.
@@ -84,14 +84,13 @@ def head_drop(heads: int, samples: int, generator: torch.Generator | None = None
 
 
 class AttentionModule(nn.Module):
-    """The heads between two taps, and the estimator that only their training needs.
+    """The heads between two taps, and the estimator that is used in their training only.
 
-    Matrices are stored ``[in, out]``; column ``dim * H + head`` belongs to ``head``. BatchNorm uses
-    batch statistics only where asked to, whatever mode the module is in.
+    Matrices are stored ``[in, out]``; column ``dim * H + head`` belongs to ``head``. The argument
+    ``batch_statistics``, not the mode of the module, selects the statistics of BatchNorm.
 
     Args:
-        front_channels: C_front.
-        back_channels: C_back.
+        front_channels, back_channels: C_front and C_back.
         heads: H.
     """
 
@@ -109,15 +108,14 @@ class AttentionModule(nn.Module):
         self.b_out = nn.Parameter(torch.zeros(back_channels))
 
     def similarity(self, front: Tensor, back: Tensor, batch_statistics: bool = False) -> Tensor:
-        """``S[h, i, j]``, how well front vector j explains back vector i.
+        """``S[h, i, j] = key_i . query_j`` of head h: unbounded, ``[H, B, B]``.
+
+        Keys are linear in back vectors, queries in front vectors, both normalised by BatchNorm.
 
         Args:
             front: ``[B, C_front]``.
             back: ``[B, C_back]``.
             batch_statistics: normalise by this batch and update the stored statistics.
-
-        Returns:
-            ``[H, B, B]``, unbounded.
         """
         key = _batch_norm(self.bn_key, back @ self.w_key, batch_statistics)
         query = _batch_norm(self.bn_query, front @ self.w_query, batch_statistics)
@@ -125,25 +123,23 @@ class AttentionModule(nn.Module):
         return torch.einsum("idh,jdh->hij", key.view(shape), query.view(shape))
 
     def estimate(self, front: Tensor, graph: Tensor) -> Tensor:
-        """Back vectors, rebuilt from the front ones along the edges of ``graph``; batch statistics.
+        """Back vectors estimated from the front ones: unit vectors ``[B, C_back]``.
+
+        BatchNorm uses batch statistics.
 
         Args:
             front: ``[B, C_front]``.
-            graph: ``[H, B, B]``, dropped heads set to zero.
-
-        Returns:
-            Unit vectors ``[B, C_back]``.
+            graph: weights of the front vectors, ``[H, B, B]``, with dropped heads set to zero.
         """
         value = F.relu(_batch_norm(self.bn_value, front @ self.w_value, batch_statistics=True))
         explained = torch.einsum("hij,jd->ihd", graph, value).flatten(1)
         return F.normalize(explained @ self.w_out + self.b_out, dim=1, eps=_NORM_EPS)
 
     def training_loss(self, front: Tensor, back: Tensor, kept: Tensor) -> Tensor:
-        """``mean_i(1 - cosine)`` between rebuilt and true back vectors.
+        """``mean_i(1 - cosine)`` between estimated and true back vectors.
 
         Args:
-            front: unit vectors ``[B, C_front]``.
-            back: unit vectors ``[B, C_back]``.
+            front, back: unit vectors ``[B, C_front]`` and ``[B, C_back]``.
             kept: see :func:`head_drop`.
         """
         graph = self.similarity(front, back, batch_statistics=True).softmax(dim=2) * kept
@@ -166,7 +162,7 @@ class AttentionNetwork(nn.Module):
         self.pairs: Any = nn.ModuleList(
             AttentionModule(front, back, heads) for front, back in pairwise(channels)
         )
-        # Seeds the head drop: equal on every process, and going on where a resumed run left off.
+        # Seeds the head drop: equal on every process, and continued by a resumed run.
         self.register_buffer("draws", torch.zeros((), dtype=torch.long))
 
     def similarities(self, vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -199,14 +195,13 @@ class MHGDLoss(PreStageLoss):
     widths).
 
     Args:
-        student_channels: widths of the student's taps, in the order front to back; at least two.
-        teacher_channels: widths of the teacher's.
+        student_channels, teacher_channels: widths of the taps from front to back; at least two.
         heads: H (8 in the paper).
-        vectors: how many of the student's directions the teacher's may match (4 in the authors'
-            code).
+        vectors: number of the student's directions among which the one most like the teacher's is
+            chosen (4 in the authors' code).
         reduction: see :func:`mhgd_loss`.
-        gather: take the samples of all processes as one graph.
-        max_nodes: above 0, at most so many samples per process, evenly spaced: for boxes.
+        gather: relate the samples of all processes in one graph.
+        max_nodes: above 0, relate at most so many samples per process, evenly spaced: for boxes.
 
     Raises:
         KDError: fewer than two taps, lists of different length or a number out of range.
@@ -252,14 +247,14 @@ class MHGDLoss(PreStageLoss):
         return channel_arguments(student, teacher)
 
     def fingerprint(self) -> dict[str, Any]:
-        """The teacher's widths and the number of heads: what the network's shape follows from."""
+        """The teacher's widths and the number of heads, which determine the network's shape."""
         return {"loss": "MHGD", "heads": self.heads, "teacher_channels": self.teacher_channels}
 
     def pre_stage_loss(self, teacher: list[Tensor]) -> Tensor:
-        """How badly the heads rebuild back vectors from front ones. Scalar.
+        """The error of back vectors that the heads estimate from front ones. Scalar.
 
         With several processes the graph and BatchNorm always span all of them, so that every
-        process ends with the same network.
+        process has the same network in the end.
 
         Args:
             teacher: one map ``[B, C_k, H_k, W_k]``, or ``[B, C_k]``, per tap.
@@ -311,9 +306,9 @@ class MHGDLoss(PreStageLoss):
     def graphs(
         self, student: Sequence[Tensor], teacher: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The graphs ``[H, B, B]`` of student and teacher that are compared, one per pair of taps.
+        """The compared graphs ``[H, B, B]`` of student and teacher, one per pair of taps.
 
-        Rows sum to 1. Takes what :meth:`forward` takes. Adaptors in training mode update the
+        Rows sum to 1. Arguments are those of :meth:`forward`. Adaptors in training mode update the
         statistics of their BatchNorm; use a copy where that matters.
         """
         targets = self._teacher_rows(teacher)
@@ -330,7 +325,7 @@ class MHGDLoss(PreStageLoss):
         )
 
     def _student_rows(self, student: Sequence[Tensor], targets: Tensor) -> Tensor:
-        """The student's, adapted and aligned to the teacher's."""
+        """Likewise for the student, adapted and aligned to the teacher's vectors."""
         if len(student[0]) == 0:
             return targets + zero_in_graph([*student, *self.adaptors.parameters()])
         aligned = []

@@ -15,15 +15,15 @@ from torch.autograd.function import once_differentiable
 from kd_det.core.errors import fail
 from kd_det.core.numerics import full_precision, no_autocast
 
-# Relative to the largest, smaller singular values and smaller gaps between squares are zero.
+# Singular values, and gaps between their squares, below this part of the largest count as zero.
 TOLERANCE = 1e-6
 
 
 def dominant_directions(maps: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The first right singular vectors of each map and their singular values.
 
-    They come from the eigen-decomposition of the smaller of the two Gram matrices, batched over
-    maps. Signs are fixed: the mean pixel's projection on a vector is not negative; where it is
+    They are computed by an eigen-decomposition of the smaller of the two Gram matrices, batched
+    over maps. Signs are fixed: the mean pixel's projection on a vector is not negative; where it is
     numerically zero, the vector's largest entry is positive.
 
     Args:
@@ -32,9 +32,8 @@ def dominant_directions(maps: Tensor, k: int) -> tuple[Tensor, Tensor]:
         k: number of vectors; at most ``r`` exist.
 
     Returns:
-        Vectors ``[B, C, min(k, r)]``, strongest first, and values ``[B, min(k, r)]`` without
-        gradient. Vectors that a map does not have (its rank is lower) are zero, and so is their
-        gradient.
+        Vectors ``[B, C, min(k, r)]``, by descending value, and values ``[B, min(k, r)]`` without
+        gradient. Vectors beyond the rank of a map are zero, and so is their gradient.
 
     Raises:
         KDError: neither a batch of maps nor of rows.
@@ -58,18 +57,15 @@ def teacher_vectors(maps: Tensor) -> Tensor:
 
 
 def student_vectors(maps: Tensor, teacher: Tensor, n: int = 4) -> Tensor:
-    """Of each map's first directions the one most like the teacher's vector, with its sign.
+    """The direction of each map that is most like the teacher's vector, with its sign: ``[B, C]``.
 
-    A student may have the teacher's first direction as its second. The choice and the sign carry
-    no gradient.
+    The teacher's first direction may be the student's second. The choice and the sign carry no
+    gradient.
 
     Args:
         maps: see :func:`dominant_directions`, of the teacher's width.
         teacher: ``[B, C]`` from :func:`teacher_vectors`.
-        n: how many directions to choose from (4 in the authors' code).
-
-    Returns:
-        ``[B, C]``.
+        n: number of first directions to choose from (4 in the authors' code).
 
     Raises:
         KDError: another number of maps or channels than the teacher's.
@@ -132,15 +128,15 @@ def direction_gradient(
 class _DominantDirections(torch.autograd.Function):
     """``X [B, P, C]`` to vectors ``[B, C, k]`` and values ``[B, k]``.
 
-    The derivative of ``eigh`` itself divides by every gap, also by those of vectors nobody asked
-    for, and is not finite where values repeat.
+    The derivative of ``eigh`` itself divides by every gap, also by those of vectors that are not
+    used, and is not finite where values repeat.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         pixels, channels = x.shape[1:]
-        # Norms of projections are accurate where square roots of eigenvalues are not: of a value
-        # below sqrt(eps) of the largest, the Gram matrix knows nothing.
+        # Norms of projections are accurate where square roots of eigenvalues are not: the Gram
+        # matrix cannot resolve a value below sqrt(eps) of the largest.
         if pixels >= channels:
             vectors = torch.linalg.eigh(x.transpose(1, 2) @ x).eigenvectors.flip(2)
             scores = x @ vectors
