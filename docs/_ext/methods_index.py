@@ -1,7 +1,7 @@
 """Fills the tables of ``methods/index.md`` from the registry and the pages of the methods.
 
-A loss is found in the registry, its paper in the first sentence of its module, where it applies in
-the table of taps on its page. The page has the name of the module.
+Losses come from the registry, papers from the first sentences of their modules, and hosts from the
+table of taps on a method's page, which has the name of the module.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kd_det import LOSSES
 
 INDEX = "methods/index"
 PAGES = Path(__file__).resolve().parents[1] / "methods"
-# What is no loss but wraps any: its page, and the module that opens with its paper.
+# Procedures, which go with any loss: page, and the module that opens with the paper.
 PROCEDURES = {
     "KCD": ("kcd", "kd_det.procedures.kcd.condensation"),
     "UNIX": ("unix", "kd_det.procedures.unix"),
@@ -28,13 +28,7 @@ _TITLE = re.compile('"(.*?)"')
 
 @dataclass(frozen=True)
 class Method:
-    """A page, and what it is about.
-
-    Attributes:
-        names: registered names, or that of a procedure.
-        page: file name without ending.
-        module: opens with the paper.
-    """
+    """Registered names, the page without its ending, and the module that opens with the paper."""
 
     names: tuple[str, ...]
     page: str
@@ -58,17 +52,17 @@ def losses() -> list[Method]:
         if loss.__module__.startswith("kd_det.losses."):
             names.setdefault(loss.__module__, []).append(name)
     # The module of a method, or the folder where it has several.
-    found = [Method(tuple(n), m.split(".")[2], m) for m, n in names.items()]
-    return sorted(found, key=lambda method: method.page)
+    methods = [Method(tuple(n), m.split(".")[2], m) for m, n in names.items()]
+    return sorted(methods, key=lambda method: method.page)
 
 
 def procedures() -> list[Method]:
-    """The methods that are no losses."""
+    """One method per procedure."""
     return [Method((name,), page, module) for name, (page, module) in PROCEDURES.items()]
 
 
 def first_sentence(module: str) -> tuple[str, str]:
-    """What a module's docstring says a method is, and its paper as Markdown."""
+    """The description of a method in its module's docstring, and its paper as Markdown."""
     doc = " ".join((importlib.import_module(module).__doc__ or "").split())
     match = _PAPER.match(doc)
     if match is None:
@@ -100,7 +94,7 @@ def table(methods: list[Method]) -> str:
 def setup(app: Any) -> dict[str, bool]:
     """Called by Sphinx."""
     app.connect("source-read", _fill)
-    # Built anew every time: what it depends on is no document.
+    # Always rebuilt: Sphinx does not see the modules that it depends on.
     app.connect("env-get-outdated", lambda *_: [INDEX])
     return {"parallel_read_safe": True}
 

@@ -10,7 +10,7 @@ from kd_det.balance.gradnorm import GradNorm
 from kd_det.balance.measured import MeasuredBalance
 from kd_det.balance.uncertainty import Uncertainty
 from kd_det.core.balance import Balance
-from kd_det.core.errors import check_known, fail
+from kd_det.core.errors import check_at_least, check_known, fail
 from kd_det.core.terms import Term
 
 SCHEMES: dict[str, Callable[[Any, Sequence[Term]], Balance | None]] = {
@@ -43,12 +43,8 @@ def build_balance(cfg: Any, terms: Sequence[Term]) -> Balance | None:
     """
     node = cfg.KD.BALANCE
     check_known("KD.BALANCE.NAME", node.NAME, SCHEMES)
-    if node.PERIOD < 1:
-        fail(
-            expected="KD.BALANCE.PERIOD of at least 1",
-            received=str(node.PERIOD),
-            remedy="give the number of iterations between two measurements",
-        )
+    remedy = "give the number of iterations between two measurements"
+    check_at_least("KD.BALANCE.PERIOD", node.PERIOD, 1, remedy)
     if node.NAME in _NEED_TASK and not cfg.KD.TASK_WEIGHT:
         fail(
             expected=f"a task loss for KD.BALANCE.NAME {node.NAME}, which sets terms against it",

@@ -51,6 +51,14 @@ def check_choice(argument: str, value: str, choices: Any) -> None:
         )
 
 
+def check_at_least(
+    what: str, value: float, least: float, remedy: str = "correct this value"
+) -> None:
+    """Refuse numbers below ``least``, and NaN."""
+    if not value >= least:
+        fail(expected=f"{what} of at least {least}", received=str(value), remedy=remedy)
+
+
 def check_same_length(loss: str, student: Sized, teacher: Sized) -> None:
     """Refuse empty lists and lists of different length, of which zipping would drop a tensor."""
     if len(student) != len(teacher) or not student:

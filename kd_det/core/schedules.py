@@ -10,19 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kd_det.core.errors import fail
+from kd_det.core.errors import check_at_least
 from kd_det.core.registry import SCHEDULES
 
 Schedule = Callable[[int], float]
 
 
 def _check_iters(name: str, iters: int) -> None:
-    if iters < 1:
-        fail(
-            expected=f"schedule {name} to get ITERS >= 1",
-            received=f"ITERS {iters}",
-            remedy="give the number of iterations, or use NAME: constant",
-        )
+    remedy = "give the number of iterations, or use NAME: constant"
+    check_at_least(f"schedule {name} to get ITERS", iters, 1, remedy)
 
 
 @SCHEDULES.register("constant")
@@ -50,12 +46,8 @@ class LinearWarmup:
 
     def __post_init__(self) -> None:
         _check_iters("linear_warmup", self.iters)
-        if self.every < 1:
-            fail(
-                expected="schedule linear_warmup to get EVERY >= 1",
-                received=f"EVERY {self.every}",
-                remedy="give the iterations of an epoch, or leave it out",
-            )
+        remedy = "give the iterations of an epoch, or leave it out"
+        check_at_least("schedule linear_warmup to get EVERY", self.every, 1, remedy)
 
     def __call__(self, step: int) -> float:
         return min(1.0, step // self.every * self.every / self.iters)

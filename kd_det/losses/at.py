@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kd_det.core.errors import check_choice, check_same_length, fail
+from kd_det.core.errors import check_at_least, check_choice, check_same_length, fail
 from kd_det.core.loss import DistillLoss
 from kd_det.core.numerics import full_precision, no_autocast, zero_in_graph
 from kd_det.core.registry import LOSSES
@@ -92,12 +92,8 @@ def _pool(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _check_p(p: float) -> None:
-    if not p >= 1:
-        fail(
-            expected="AT to get an exponent p of at least 1",
-            received=str(p),
-            remedy="use the paper's 2; below 1 the gradient at 0 is infinite",
-        )
+    remedy = "use the paper's 2; below 1 the gradient at 0 is infinite"
+    check_at_least("AT to get an exponent p", p, 1, remedy)
 
 
 def _check_maps(student: Tensor, teacher: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from kd_det.core.adaptors import batch_norm, resize_nearest
 from kd_det.core.errors import (
+    check_at_least,
     check_channels,
     check_choice,
     check_same_length,
@@ -139,12 +140,8 @@ class ReviewKDLoss(DistillLoss):
         check_choice("reduction", reduction, ("mean",))
         check_same_length("ReviewKD", in_channels, out_channels)
         mid = min(512, in_channels[-1]) if mid_channels is None else mid_channels
-        if mid < 1:
-            fail(
-                expected="ReviewKD to get mid_channels >= 1",
-                received=str(mid),
-                remedy="use 256 on FPN levels, or leave it out",
-            )
+        remedy = "use 256 on FPN levels, or leave it out"
+        check_at_least("ReviewKD to get mid_channels", mid, 1, remedy)
         self.in_channels = list(in_channels)
         deepest = len(in_channels) - 1
         self.abfs = nn.ModuleList(

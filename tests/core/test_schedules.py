@@ -46,12 +46,12 @@ def test_every_schedule_is_tested_here():
 @pytest.mark.parametrize("name", ["linear_warmup", "delay", "linear_decay"])
 @pytest.mark.parametrize("iters", [0, -3])
 def test_a_length_below_one_is_refused(refuses, name, iters):
-    with refuses(f"expected schedule {name} to get ITERS >= 1; received ITERS {iters};"):
+    with refuses(f"expected schedule {name} to get ITERS of at least 1; received {iters};"):
         build(NAME=name, ITERS=iters)
 
 
 def test_a_rise_per_less_than_a_step_is_refused(refuses):
-    with refuses("EVERY >= 1", "EVERY 0"):
+    with refuses("EVERY of at least 1; received 0;"):
         build(NAME="linear_warmup", ITERS=4, EVERY=0)
 
 

@@ -270,7 +270,7 @@ def test_the_only_reduction_is_the_mean(refuses):
 
 
 def test_mid_width_must_be_positive():
-    with pytest.raises(KDError, match="mid_channels >= 1; received 0; remedy"):
+    with pytest.raises(KDError, match="mid_channels of at least 1; received 0; remedy"):
         ReviewKDLoss([4], [4], 0)
 
 

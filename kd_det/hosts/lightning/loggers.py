@@ -1,7 +1,7 @@
-"""Services that follow a run beside its own files: what ``LOGGERS`` names.
+"""The services in ``LOGGERS``, which receive a run's metrics beside its own files.
 
-They are Lightning's own loggers on every host. Where they send to is told by each service's own
-environment variables (``WANDB_PROJECT``, ``WANDB_MODE``, ``MLFLOW_TRACKING_URI``, ...).
+They are Lightning's loggers on every host. Each service's own environment variables
+(``WANDB_PROJECT``, ``WANDB_MODE``, ``MLFLOW_TRACKING_URI``, ...) configure it.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def check_loggers(cfg: CfgNode) -> None:
 
 
 def build_loggers(cfg: CfgNode, output_dir: str | Path) -> list[Logger]:
-    """Loggers for one start of a run, which know its config.
+    """Loggers for one start of a run, with its config as hyper-parameters.
 
     A resumed run is another run of the service, with the name of the first. Only the main process
-    sends anything.
+    sends data.
 
     Args:
         cfg: the run's config.
@@ -61,14 +61,14 @@ def build_loggers(cfg: CfgNode, output_dir: str | Path) -> list[Logger]:
     return loggers
 
 
-# Importing Lightning takes seconds, and a run of Detectron2 needs nothing else of it.
+# Lightning is imported late: it takes seconds, and a run of Detectron2 needs its loggers only.
 
 
 def _wandb(output: Path, name: str) -> Logger:
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
-    # Seeds and stages are several runs of one process, and a run that is open would be taken.
+    # Seeds and stages are several runs of one process, and the logger would continue an open run.
     if wandb.run is not None:
         wandb.finish()
     return WandbLogger(name, save_dir=output, project=os.getenv("WANDB_PROJECT", PROJECT))
@@ -77,7 +77,7 @@ def _wandb(output: Path, name: str) -> Logger:
 def _mlflow(output: Path, name: str) -> Logger:
     from lightning.pytorch.loggers import MLFlowLogger
 
-    # Newer versions want to be asked for plain files, which need no server and no database.
+    # Newer versions refuse plain files, which need no server and no database, without this.
     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     return MLFlowLogger(
         os.getenv("MLFLOW_EXPERIMENT_NAME", PROJECT), name, save_dir=str(output / "mlruns")

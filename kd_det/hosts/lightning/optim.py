@@ -28,7 +28,7 @@ def learning_rate_factor(solver: CfgNode, step: int) -> float:
 
 
 def build_sgd(model: nn.Module, solver: CfgNode) -> SGD:
-    """SGD as ``SOLVER`` says; ``NESTEROV`` where a host has that key."""
+    """SGD with the values of ``SOLVER``; ``NESTEROV`` where a host has that key."""
     return SGD(
         parameter_groups(model, solver.WEIGHT_DECAY, solver.WEIGHT_DECAY_NORM),
         lr=solver.BASE_LR,

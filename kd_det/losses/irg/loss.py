@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kd_det.core.distributed import gather_aligned
-from kd_det.core.errors import check_choice, check_same_length, fail
+from kd_det.core.errors import check_at_least, check_choice, check_same_length, fail
 from kd_det.core.loss import DistillLoss, TapSpec
 from kd_det.core.numerics import evenly_spaced, zero_in_graph
 from kd_det.core.registry import LOSSES
@@ -48,12 +48,9 @@ class _Layout:
     edges: int | None  # None: all that follow the logits
 
     def __post_init__(self) -> None:
-        if self.edges is not None and self.edges < 0:
-            fail(
-                expected=f"{self.loss} to get EDGES of at least 0",
-                received=str(self.edges),
-                remedy="give the number of taps after the logits whose edges are compared",
-            )
+        if self.edges is not None:
+            remedy = "give the number of taps after the logits whose edges are compared"
+            check_at_least(f"{self.loss} to get EDGES", self.edges, 0, remedy)
 
     def split(self, taps: Sequence[T]) -> tuple[Sequence[T], Sequence[T], Sequence[T]]:
         """Logits, edges and movements.
@@ -98,12 +95,8 @@ class _GraphLoss(DistillLoss):
         super().__init__()
         check_choice("reduction", reduction, Reduction)
         check_choice("bridge", bridge, Bridge)
-        if max_nodes < 0:
-            fail(
-                expected="MAX_NODES of at least 0",
-                received=str(max_nodes),
-                remedy="use 0 to relate all rows, or for example 256 on detectors",
-            )
+        remedy = "use 0 to relate all rows, or for example 256 on detectors"
+        check_at_least("MAX_NODES", max_nodes, 0, remedy)
         self.layout = layout
         self.weights = weights
         self.reduction: Reduction = reduction

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from kd_det.core.adaptors import ConvAdaptor
 from kd_det.core.distributed import gather_aligned, gather_rows
 from kd_det.core.errors import (
+    check_at_least,
     check_channels,
     check_choice,
     check_same_length,
@@ -221,10 +222,11 @@ class MHGDLoss(PreStageLoss):
     ) -> None:
         check_same_length("MHGD", student_channels, teacher_channels)
         check_choice("reduction", reduction, Reduction)
-        _check_range("at least two taps, a front and a back one", len(teacher_channels), 2)
-        _check_range("heads of at least 1", heads, 1)
-        _check_range("vectors of at least 1", vectors, 1)
-        _check_range("max_nodes of at least 0", max_nodes, 0)
+        remedy = "list taps from front to back: a pair is a front and a back one"
+        check_at_least("MHGD to get a number of taps", len(teacher_channels), 2, remedy)
+        check_at_least("MHGD to get heads", heads, 1)
+        check_at_least("MHGD to get vectors", vectors, 1)
+        check_at_least("MHGD to get max_nodes", max_nodes, 0)
         super().__init__(AttentionNetwork(teacher_channels, heads))
         self.student_channels = list(student_channels)
         self.teacher_channels = list(teacher_channels)
@@ -376,12 +378,3 @@ def _batch_norm(bn: Any, x: Tensor, batch_statistics: bool) -> Tensor:
         momentum=bn.momentum,
         eps=bn.eps,
     )
-
-
-def _check_range(what: str, value: int, least: int) -> None:
-    if value < least:
-        fail(
-            expected=f"MHGD to get {what}",
-            received=str(value),
-            remedy="correct this value",
-        )

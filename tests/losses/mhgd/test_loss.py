@@ -197,7 +197,7 @@ def test_a_config_needs_only_taps(randn):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (([3], [3]), ["at least two taps, a front and a back one", "received 1"]),
+        (([3], [3]), ["a number of taps of at least 2", "received 1", "a front and a back one"]),
         (([3, 4], [3, 4, 5]), ["2 student and 3 teacher"]),
         (([3, 4], [3, 4], 0), ["heads of at least 1", "received 0"]),
         (([3, 4], [3, 4], 8, 0), ["vectors of at least 1"]),
