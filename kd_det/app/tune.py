@@ -118,14 +118,8 @@ def read_spaces(args: argparse.Namespace) -> dict[str, Space]:
             values = [float(value) for value in own.split(",")] if own else args.values
         except ValueError:
             fail(expected=f"numbers for {key}", received=own, remedy=f"write {key}=0.1,1,10")
-        spaces[key] = (
-            make_space(values)
-            if own
-            else make_space(
-                values, low=args.low, high=args.high, log=args.log,
-                trials=args.trials, sampler=args.sampler,
-            )
-        )  # fmt: skip
+        names = () if own else ("low", "high", "log", "trials", "sampler")
+        spaces[key] = make_space(values, **{name: getattr(args, name) for name in names})
     return spaces
 
 

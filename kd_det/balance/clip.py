@@ -32,15 +32,13 @@ def transfer_gradients(
     """Gradients of ``loss``, averaged over processes; ``.grad`` stays as it is.
 
     They do not pass the hooks of DDP, which would take this for the step's only backward pass.
-    Every process must call it, each with its loss.
+    Every process must call it, each with its loss. A parameter that no process has a gradient for
+    gets None.
 
     Args:
         loss: scalar; sum of the terms to clip.
         parameters: leaves of the graph, the same on every process.
         retain_graph: keep the graph, for the task's backward pass.
-
-    Returns:
-        One gradient per parameter; None where no process has one.
     """
     gradients = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
     if world_size() == 1:

@@ -171,7 +171,7 @@ def export_student(
     wrap: bool = False,
     optional_parts: tuple[str, ...] = (),
 ) -> tuple[Path, Path]:
-    """Write ``model.pth`` and ``config.yaml`` of the plain student.
+    """Write ``model.pth`` and ``config.yaml`` of the plain student; returns both paths.
 
     The stock model loads the checkpoint strictly before anything is written.
 
@@ -182,9 +182,6 @@ def export_student(
         output: a folder; its two files must not exist yet.
         wrap: store the state under ``"model"``, as Detectron2 does.
         optional_parts: see :func:`kd_det.core.teacher.load_strict`.
-
-    Returns:
-        Paths of the weights and the config.
 
     Raises:
         KDError: the checkpoint does not hold this student, or the files exist.
@@ -217,19 +214,14 @@ def _load(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+_DATA = {"_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer", "OrderedDict", "encode"}
+
+
 class _NumpyUnpickler(pickle.Unpickler):
     """Constructs dicts of numpy arrays, the content of zoo files, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.partition(".")[0] in ("numpy", "collections", "_codecs") and name in (
-            "_reconstruct",
-            "ndarray",
-            "dtype",
-            "scalar",
-            "_frombuffer",
-            "OrderedDict",
-            "encode",
-        ):
+        if module.partition(".")[0] in ("numpy", "collections", "_codecs") and name in _DATA:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} is not data")
 

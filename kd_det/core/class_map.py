@@ -135,17 +135,14 @@ def map_logits(
     :math:`b' = \log(e^b + \sum_{k\ \mathrm{unknown}} e^{z_k})`, and at temperature 1 the softmax
     of the result holds the teacher's marginals exactly. Independent (sigmoid) classes are
     selected. Without a background the softmax of the selected logits is the teacher's probability
-    conditioned on the student's classes.
+    conditioned on the student's classes. The result is ``[..., K_s]`` or ``[..., K_s + 1]``, the
+    background in its place, in at least float32 where probabilities are summed.
 
     Args:
         logits: ``[..., K_t]``, or ``[..., K_t + 1]`` with a background; log-probabilities will do.
         class_map: None changes nothing, nor does the identity.
         background: its position; None for heads without one.
         exclusive: whether the head was trained with a softmax.
-
-    Returns:
-        ``[..., K_s]`` or ``[..., K_s + 1]``, the background where it was. At least float32 where
-        probabilities were added up.
 
     Raises:
         KDError: another number of logits than the map is for.
@@ -177,7 +174,7 @@ def map_labels(labels: Tensor, class_map: ClassMap | None, first: int = 0) -> Te
     """The teacher's labels for the student's labels, which select the teacher's channels.
 
     Args:
-        labels: integers of any shape, none of them background.
+        labels: integers of any shape, without background.
         class_map: None changes nothing.
         first: label of the first class: 1 where 0 is the background.
     """
@@ -212,11 +209,7 @@ def mapped_specs(
 
 
 def as_names(what: str, names: Collection[Any]) -> tuple[str, ...]:
-    """Names of a config as strings; YAML and the command line read ``3`` as a number.
-
-    Raises:
-        KDError: something that is no name.
-    """
+    """Names of a config as strings, also those that YAML reads as a number; others are refused."""
     for name in names:
         # YAML reads an unquoted no as False, and the spelling is lost.
         if isinstance(name, bool) or not isinstance(name, (str, int)):

@@ -187,11 +187,7 @@ def build_loss(
     teacher_specs: Mapping[str, TapSpec | Sequence[TapSpec]],
     context: Collection[str] = (),
 ) -> DistillLoss:
-    """Build the loss of one term for the tapped shapes.
-
-    Raises:
-        KDError: see :class:`Distiller`.
-    """
+    """The loss of one term for the tapped shapes; for its errors see :class:`Distiller`."""
     where = f"term '{term.name}'"
     student = _gather_specs(where, "student", [s for s, _ in term.taps], student_specs)
     teacher = _gather_specs(where, "teacher", [t for _, t in term.taps], teacher_specs)
@@ -250,11 +246,8 @@ def _read_step(module: Any, incompatible: Any) -> None:
 def tap_specs(captures: Mapping[str, Any]) -> dict[str, TapSpec | list[TapSpec]]:
     """Specs of recorded tensors, for models of a fixed input size.
 
-    Args:
-        captures: ``TapRecorder.read()`` after the forward of an example batch.
-
-    Returns:
-        Channels, and ``(H, W)`` for maps; a list where several tensors were recorded.
+    ``captures`` is ``TapRecorder.read()`` after the forward of an example batch. Specs hold
+    channels, and ``(H, W)`` for maps; lists of tensors give lists of specs.
     """
     return {
         name: [_spec(v) for v in value] if isinstance(value, (list, tuple)) else _spec(value)

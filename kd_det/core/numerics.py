@@ -39,13 +39,9 @@ def zero_in_graph(tensors: Iterable[Tensor]) -> Tensor:
 def logit_entropy(logits: Tensor) -> Tensor:
     r"""``-sum_c p_c log p_c`` of the softmax at temperature 1, in nats.
 
-    Computed from log-probabilities: ``p * log(p)`` would be NaN for a saturated logit.
-
-    Args:
-        logits: ``[M, C]``, any floating dtype, computed in at least float32.
-
-    Returns:
-        ``[M]``, from 0 to ``log C``, without a gradient.
+    ``[M, C]`` of any floating dtype to ``[M]``, from 0 to ``log C``, in at least float32 and
+    without a gradient. Computed from log-probabilities: ``p * log(p)`` would be NaN for a saturated
+    logit.
     """
     with no_autocast(logits):
         log_p = F.log_softmax(full_precision(logits.detach()), dim=-1)
@@ -56,11 +52,8 @@ def logit_entropy(logits: Tensor) -> Tensor:
 def binary_entropy(logits: Tensor) -> Tensor:
     """Sum over classes of the entropy of each sigmoid, in nats: for heads of independent classes.
 
-    Args:
-        logits: ``[M, C]``, any floating dtype, computed in at least float32.
-
-    Returns:
-        ``[M]``, from 0 to ``C log 2``, without a gradient.
+    ``[M, C]`` of any floating dtype to ``[M]``, from 0 to ``C log 2``, in at least float32 and
+    without a gradient.
     """
     with no_autocast(logits):
         z = full_precision(logits.detach())

@@ -83,18 +83,17 @@ def load_strict(
     source: str,
     optional_parts: tuple[str, ...] = (),
 ) -> None:
-    """Load a teacher's weights; every key of both sides must match.
+    """Load weights of a teacher, or another stock model; every key of both sides must match.
 
     Args:
-        model: the teacher.
+        model: is left untouched after an error.
         state_dict: tensors by key.
         source: names their origin in the message.
         optional_parts: parts of keys that formats legitimately add or drop, such as
             Detectron2's ``anchor_generator.cell_anchors`` in older files.
 
     Raises:
-        KDError: missing, unexpected or mis-shaped keys, which the message lists. The model is left
-            untouched.
+        KDError: missing, unexpected or mis-shaped keys, which the message lists.
     """
     own = model.state_dict()
     given = {k: v for k, v in state_dict.items() if k in own or not _matches(k, optional_parts)}
@@ -134,13 +133,7 @@ def check_teacher_config(config_file: str, example: str) -> None:
 
 
 def check_teacher_weights(weights: str, config_file: str, allow_random: bool) -> None:
-    """Refuse an untrained teacher without ``KD.TEACHER.ALLOW_RANDOM``.
-
-    Args:
-        weights: the file of the teacher's weights; empty for random ones.
-        config_file: the teacher's config, for the message.
-        allow_random: permits empty ``weights``.
-    """
+    """Refuse empty ``weights``, an untrained teacher, without ``KD.TEACHER.ALLOW_RANDOM``."""
     if not weights and not allow_random:
         fail(
             expected="KD.TEACHER.WEIGHTS to name the teacher's weights",

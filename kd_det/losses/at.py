@@ -26,15 +26,14 @@ logger = logging.getLogger(__name__)
 
 
 def attention_map(feature: Tensor, p: float = 2) -> Tensor:
-    """The energy of each position, ``mean_c |F_c|^p``, scaled to length 1 per sample.
+    """The energy of each position, ``mean_c |F_c|^p``, as ``[N, H * W]``.
+
+    Rows have Euclidean length 1, or 0 where the whole map is zero.
 
     Args:
         feature: ``[N, C, H, W]``, any floating dtype, computed in at least float32. A map tapped
             before its ReLU gives another result than after it, because the sign is lost.
         p: exponent of the magnitude, at least 1. Default 2, as in the paper's experiments.
-
-    Returns:
-        ``[N, H * W]`` of Euclidean length 1 per row; zero where the whole map is zero.
 
     Raises:
         KDError: the tensor is not a map, or p is below 1.
@@ -53,10 +52,10 @@ def attention_map(feature: Tensor, p: float = 2) -> Tensor:
 
 
 def at_loss(student: Tensor, teacher: Tensor, p: float = 2, mode: Mode = "code") -> Tensor:
-    r"""Distance between the attention maps of a student's and a teacher's map.
+    r"""Distance between the attention maps of a student's and a teacher's map. Scalar.
 
     Widths may differ. If sizes differ, feature maps are average-pooled to the smaller height and
-    the smaller width before their attention is taken.
+    the smaller width first. An empty batch gives an exact zero in the graph.
 
     Args:
         student: ``[N, C_s, H_s, W_s]``.
@@ -66,9 +65,6 @@ def at_loss(student: Tensor, teacher: Tensor, p: float = 2, mode: Mode = "code")
             code, RepDistiller, mdistiller; the published weight of 1000 belongs to it).
             ``"paper"``: Euclidean distance, averaged over samples; a weight here is the paper's
             ``beta / 2``.
-
-    Returns:
-        Scalar; an exact zero in the graph for an empty batch.
 
     Raises:
         KDError: not two maps of one batch, p below 1, or an unknown mode.

@@ -41,7 +41,7 @@ def fgfi_mask(
     assign: Assign = "roi",
     inclusive: bool = False,
 ) -> list[Tensor]:
-    """Cells near objects, from the overlap of their anchors with ground-truth boxes.
+    """Cells near objects: per level a bool mask ``[N, H, W]``.
 
     A cell is marked if the IoU of any of its anchors with a box is above ``threshold`` times the
     largest IoU that this box has on that level. Boxes that overlap no anchor mark no cell.
@@ -59,9 +59,6 @@ def fgfi_mask(
             best anchor is there, ties to the lowest level; ``"all"``: every box.
         inclusive: IoU of inclusive pixel boxes (+1) as in the reference code, unlike in Detectron2
             and torchvision.
-
-    Returns:
-        Per level a bool mask ``[N, H, W]``.
 
     Raises:
         KDError: list lengths or anchor counts that do not fit, or an unknown ``assign``.
@@ -149,9 +146,10 @@ def imitation_loss(
     masks: Sequence[Tensor],
     normalizer: Normalizer = "global",
 ) -> Tensor:
-    """Squared error at marked cells: ``1 / (2 N_p) * sum_cells sum_channels (s - t)^2``.
+    """Squared error at marked cells: ``1 / (2 N_p) * sum_cells sum_channels (s - t)^2``. Scalar.
 
-    Channels are *summed*: with 256 of them a weight of 0.01 is 1.28 times their mean.
+    Channels are *summed*: with 256 of them a weight of 0.01 is 1.28 times their mean. Without
+    marked cells the loss is an exact zero in the graph.
 
     Args:
         student: adapted maps, per level ``[N, C, H, W]``.
@@ -160,9 +158,6 @@ def imitation_loss(
         normalizer: ``"global"``: N_p counts the marked cells of all levels and images (the formula
             read literally); ``"level_mean"``: of each level, and levels are averaged, empty ones
             included (DeFeat); ``"level_sum"``: likewise, levels are summed. N_p is at least 1.
-
-    Returns:
-        Scalar; an exact zero in the graph where nothing is marked.
     """
     check_choice("normalizer", normalizer, Normalizer)
     check_same_length("FGFI", student, teacher)
@@ -170,7 +165,13 @@ def imitation_loss(
     sums, positives = [], []
     for s, t, mask in zip(student, teacher, masks, strict=True):
         check_same_shape("FGFI", s, t)
-        _check_mask(mask, (s.shape[0], *s.shape[2:]))
+        cells = (s.shape[0], *s.shape[2:])
+        if mask.shape != cells:  # that of one image would be broadcast over the batch
+            fail(
+                expected=f"an FGFI mask of shape {cells}",
+                received=str(tuple(mask.shape)),
+                remedy="pass the boxes of every image, an empty tensor where it has none",
+            )
         with no_autocast(s):
             error = (full_precision(s) - full_precision(t.detach())).square().sum(dim=1)
             sums.append((error * mask).sum())
@@ -179,16 +180,6 @@ def imitation_loss(
         return torch.stack(sums).sum() / (2 * torch.stack(positives).sum().clamp(min=1))
     per_level = torch.stack(sums) / (2 * torch.stack(positives).clamp(min=1))
     return per_level.mean() if normalizer == "level_mean" else per_level.sum()
-
-
-def _check_mask(mask: Tensor, cells: tuple[int, ...]) -> None:
-    # A mask of one image would be broadcast over the batch.
-    if tuple(mask.shape) != cells:
-        fail(
-            expected=f"an FGFI mask of shape {cells}",
-            received=str(tuple(mask.shape)),
-            remedy="pass the boxes of every image, an empty tensor where it has none",
-        )
 
 
 @LOSSES.register("FGFI")

@@ -29,16 +29,13 @@ Reduction = Literal["mean", "paper"]
 
 
 def hint_loss(student: Tensor, teacher: Tensor, reduction: Reduction = "mean") -> Tensor:
-    """Squared error of a hint.
+    """Squared error of a hint. Scalar; an exact zero in the graph for an empty batch.
 
     Args:
         student: the adapted student map, of the teacher's shape.
         teacher: the teacher's map; no gradient flows into it.
         reduction: ``"mean"`` averages over everything (RepDistiller, mdistiller); ``"paper"`` is
             ``1/2 ||.||^2`` per sample, averaged over the batch: ``C_t H_t W_t / 2`` times as large.
-
-    Returns:
-        Scalar; an exact zero in the graph for an empty batch.
 
     Raises:
         KDError: the shapes differ, or an unknown reduction.

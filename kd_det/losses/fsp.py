@@ -28,15 +28,13 @@ Pairs = Literal["disjoint", "chain"]
 def fsp_matrix(first: Tensor, second: Tensor, pool: Pool = "max") -> Tensor:
     r"""Co-activation of two layers, ``G_ij = 1/(hw) * sum_yx first_i second_j``.
 
-    Maps of different size are pooled, adaptively, to the smaller height and the smaller width.
+    The result is ``[N, m, n]``. Maps of different size are pooled, adaptively, to the smaller
+    height and the smaller width.
 
     Args:
         first: ``[N, m, h, w]``, any floating dtype, computed in at least float32.
         second: ``[N, n, h', w']`` of the same network and images.
         pool: ``"max"`` (the paper) or ``"avg"`` (RepDistiller).
-
-    Returns:
-        ``[N, m, n]``.
 
     Raises:
         KDError: not two maps of one batch, or an unknown ``pool``.
@@ -72,9 +70,10 @@ def fsp_loss(
     pool: Pool = "max",
     reduction: Reduction = "frobenius",
 ) -> Tensor:
-    """Squared difference of the FSP matrices of one pair of layers.
+    """Squared difference of the FSP matrices of one pair of layers. Scalar.
 
-    The widths of the two networks must agree; their spatial sizes need not.
+    The widths of the two networks must agree; their spatial sizes need not. An empty batch gives an
+    exact zero in the graph.
 
     Args:
         student_first, student_second: ``[N, m, h, w]`` and ``[N, n, h', w']``.
@@ -83,9 +82,6 @@ def fsp_loss(
         pool: see :func:`fsp_matrix`.
         reduction: ``"frobenius"`` sums over the matrix and averages samples (the paper);
             ``"mean"`` averages every element (RepDistiller), m * n times smaller.
-
-    Returns:
-        Scalar; an exact zero in the graph for an empty batch.
 
     Raises:
         KDError: matrices of different shape, unknown choices, or see :func:`fsp_matrix`.

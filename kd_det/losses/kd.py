@@ -30,7 +30,9 @@ def kd_loss(
     reduction: Reduction = "batchmean",
     activation: Activation = "softmax",
 ) -> Tensor:
-    r"""``T^2 * KL(p_t || q_s)`` between softened predictions.
+    r"""``T^2 * KL(p_t || q_s)`` between softened predictions. Scalar.
+
+    Without rows the loss is an exact zero in the graph.
 
     Args:
         student_logits: ``[M, J]``, or ``[M, ...]`` for sigmoid; any floating dtype, computed in
@@ -44,9 +46,6 @@ def kd_loss(
             expected number of foreground rows, at least 1, as focal loss divides by positives.
         activation: ``"softmax"`` for exclusive classes; ``"sigmoid"`` for independent ones
             (RetinaNet, FCOS, masks), a Bernoulli KL per element (ours).
-
-    Returns:
-        Scalar. An exact zero in the graph if there are no rows.
 
     Raises:
         KDError: shapes differ, an unknown choice, or a temperature that is not positive.

@@ -31,18 +31,16 @@ _POOL_SIZES = (4, 2, 1)
 
 
 def hcl_loss(student: Sequence[Tensor] | Tensor, teacher: Sequence[Tensor] | Tensor) -> Tensor:
-    """Hierarchical context loss: squared error at several resolutions, summed over levels.
+    """Hierarchical context loss: squared error at several resolutions, summed over levels. Scalar.
 
     Each level averages the full-resolution error (weight 1) with the errors after adaptive
     average pooling to 4x4, 2x2 and 1x1 (weights 1/2, 1/4, 1/8), skipping sizes not below the
-    map's *height*; the weight is halved only for sizes that are used.
+    map's *height*; the weight is halved only for sizes that are used. An empty
+    level counts as an exact zero in the graph.
 
     Args:
         student: fused student maps, of the teacher's shapes; or a single map.
         teacher: the teacher's maps; no gradient flows into them.
-
-    Returns:
-        Scalar; an empty level counts as an exact zero in the graph.
 
     Raises:
         KDError: lists of different length or maps of different shape.

@@ -29,8 +29,8 @@ def rocket_hint(
 ) -> Tensor:
     """Squared distance of the logits before the softmax: ``1/N * sum_n ||l_n - z_n||^2``.
 
-    N counts the samples that are present. The authors' code divides by the configured batch size
-    instead, which weakens a partial last batch.
+    A scalar; an exact zero in the graph for an empty batch. N counts the samples that are present;
+    the authors' code divides by the configured batch size, which weakens a partial last batch.
 
     Args:
         light_logits: ``[N, J]``, any floating dtype, computed in at least float32.
@@ -38,9 +38,6 @@ def rocket_hint(
         block: the gradient block: the hint does not pull the booster towards the light net.
             Default True, as in the paper; False is its ablation.
         reduction: ``"batchmean"`` sums over classes (paper and code), ``"mean"`` averages.
-
-    Returns:
-        Scalar; an exact zero in the graph for an empty batch.
 
     Raises:
         KDError: the shapes differ, or an unknown reduction.

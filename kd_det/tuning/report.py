@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -79,13 +80,9 @@ def draw(sweeps: Sequence[Sweep], metric: str, path: Path) -> None:
     """Write a PNG with one panel per key: metric against value, bars of one standard deviation."""
     columns = min(_COLUMNS, len(sweeps))
     rows = math.ceil(len(sweeps) / columns)
+    size = (4.4 * columns + 0.6, 3.6 * rows)
     figure, grid = plt.subplots(
-        rows,
-        columns,
-        figsize=(4.4 * columns + 0.6, 3.6 * rows),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
+        rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
     for axes in grid.flat[len(sweeps) :]:
         axes.set_axis_off()
@@ -100,24 +97,21 @@ def draw(sweeps: Sequence[Sweep], metric: str, path: Path) -> None:
 
 def _panel(axes: Axes, sweep: Sweep) -> None:
     points = sorted(sweep.finished, key=lambda point: point.value)
-    axes.errorbar(
-        [point.value for point in points],
-        [point.mean for point in points],
-        yerr=[point.deviation or 0.0 for point in points],
-        marker="o",
-        color="tab:blue",
-        capsize=3,
-    )
+    x, y = [point.value for point in points], [point.mean for point in points]
+    deviations = [point.deviation or 0.0 for point in points]
+    axes.errorbar(x, y, yerr=deviations, marker="o", color="tab:blue", capsize=3)
     axes.plot(sweep.best.value, sweep.best.mean, "*", color="tab:orange", markersize=15, zorder=3)
+    bottom = axes.get_xaxis_transform()
     for point in sweep.points:
         if point.failure:
-            axes.annotate(
+            axes.text(
+                point.value,
+                0.03,
                 "failed",
-                (point.value, 0.03),
-                xycoords=axes.get_xaxis_transform(),
                 color="tab:red",
                 rotation=90,
-                horizontalalignment="center",
+                ha="center",
+                transform=bottom,
             )
     values = [point.value for point in sweep.points]
     _scale(axes, values)

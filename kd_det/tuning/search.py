@@ -109,6 +109,24 @@ def greedy_search(
     storage = JournalStorage(JournalFileBackend(str(output / JOURNAL)))
     fixed: dict[str, float] = {}
     sweeps: list[Sweep] = []
+
+    def score(
+        trial: Trial, key: str, space: Space, fixed: Mapping[str, float], folder: Path
+    ) -> float:
+        value = trial.suggest_float(key, space.low, space.high, log=space.log)
+        scores: list[float] = []
+        try:
+            for seed in seeds:
+                values = {**fixed, key: value}
+                scores.append(run(values, seed, folder / as_text(value) / f"seed_{seed}"))
+                progress.advance(1)
+        except RunError as error:
+            trial.set_user_attr("failure", str(error))
+            progress.advance(len(seeds) - len(scores))
+            raise
+        trial.set_user_attr("scores", scores)
+        return statistics.fmean(scores)
+
     for key, space in spaces.items():
         study = optuna.create_study(
             storage=storage, study_name=key, direction="maximize", load_if_exists=True
@@ -122,14 +140,11 @@ def greedy_search(
         todo = _queue(study, key, space)
         progress.begin(key, done=(space.trials - todo) * len(seeds))
         study.optimize(
-            partial(
-                _score, key=key, space=space, fixed=dict(fixed), run=run,
-                folder=folder, seeds=seeds, progress=progress,
-            ),
+            partial(score, key=key, space=space, fixed=dict(fixed), folder=folder),
             n_trials=todo,
             n_jobs=jobs,
             catch=(RunError,),
-        )  # fmt: skip
+        )
         sweeps.append(read_sweep(study, key))
         if not sweeps[-1].finished:
             fail(
@@ -161,33 +176,6 @@ def _queue(study: optuna.Study, key: str, space: Space) -> int:
     for value in missing[:todo]:
         study.enqueue_trial({key: value})
     return todo
-
-
-def _score(
-    trial: Trial,
-    *,
-    key: str,
-    space: Space,
-    fixed: Mapping[str, float],
-    run: Run,
-    folder: Path,
-    seeds: Sequence[int],
-    progress: Progress,
-) -> float:
-    """Optuna's objective: the mean metric over seeds."""
-    value = trial.suggest_float(key, space.low, space.high, log=space.log)
-    scores: list[float] = []
-    try:
-        for seed in seeds:
-            values = {**fixed, key: value}
-            scores.append(run(values, seed, folder / as_text(value) / f"seed_{seed}"))
-            progress.advance(1)
-    except RunError as error:
-        trial.set_user_attr("failure", str(error))
-        progress.advance(len(seeds) - len(scores))
-        raise
-    trial.set_user_attr("scores", scores)
-    return statistics.fmean(scores)
 
 
 def read_sweep(study: optuna.Study, key: str) -> Sweep:

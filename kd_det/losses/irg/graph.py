@@ -41,14 +41,13 @@ def pool_nodes(feature: Tensor) -> Tensor:
 def edge_matrix(feature: Tensor, normalize: bool = True, detach_max: bool = True) -> Tensor:
     """Squared Euclidean distances between all nodes of one layer.
 
+    The result is ``[N, N]``, symmetric and zero on the diagonal.
+
     Args:
         feature: ``[N, C]`` or ``[N, C, H, W]``, computed in at least float32.
         normalize: divide by the matrix's own maximum, as the reference does (the paper's
             equations do not); a matrix of zeros stays one, with zero gradient.
         detach_max: hold that maximum constant in the backward pass, as the reference does.
-
-    Returns:
-        ``[N, N]``, symmetric, zero on the diagonal.
     """
     nodes = pool_nodes(feature)
     with no_autocast(nodes):
@@ -65,7 +64,7 @@ def movement(
     detach_max: bool = True,
     bridge: Bridge = "error",
 ) -> Tensor:
-    """Squared Euclidean distance that each node moves between two layers of one network.
+    """Squared Euclidean distance of each node between two layers of one network, ``[N]``.
 
     Args:
         first: ``[N, C]`` or ``[N, C, H, W]``, computed in at least float32.
@@ -74,9 +73,6 @@ def movement(
         detach_max: hold it constant in the backward pass.
         bridge: ``"error"`` refuses layers of different width; ``"average"`` averages groups of
             neighbouring channels of the wider layer, a multiple of the narrower.
-
-    Returns:
-        ``[N]``.
 
     Raises:
         KDError: a different number of nodes, or widths that ``bridge`` does not cover.
@@ -92,16 +88,15 @@ def movement(
 
 
 def vertex_loss(student: Tensor, teacher: Tensor, reduction: Reduction = "caffe") -> Tensor:
-    """Squared error of the nodes themselves, in the last layer: the logits.
+    """Squared error of the nodes themselves, in the last layer: the logits. Scalar.
+
+    Without nodes the loss is an exact zero in the graph.
 
     Args:
         student: ``[N, K]``, computed in at least float32.
         teacher: same shape; no gradient flows into it.
         reduction: ``"caffe"`` divides the sum by 2N; ``"mean"`` averages over N and K, which is
             ``2 / K`` times as large.
-
-    Returns:
-        Scalar; an exact zero in the graph without nodes.
 
     Raises:
         KDError: shapes differ, or an unknown reduction.
@@ -121,7 +116,10 @@ def edge_loss(
     normalize: bool = True,
     detach_max: bool = True,
 ) -> Tensor:
-    """Squared error between the edges of both graphs.
+    """Squared error between the edges of both graphs. Scalar.
+
+    For fewer than two nodes the loss is an exact zero in the graph. With two, normalised edges are
+    1 on both sides and the loss is 0.
 
     Args:
         student: ``[N, C_s]`` or ``[N, C_s, H, W]``.
@@ -130,10 +128,6 @@ def edge_loss(
             which is ``2 / N`` times as large: at the published N = 64, a weight w for ``"caffe"``
             is 32 w for ``"mean"``.
         normalize, detach_max: see :func:`edge_matrix`.
-
-    Returns:
-        Scalar; an exact zero in the graph for fewer than two nodes. With two, normalised edges
-        are 1 on both sides and the loss is 0.
 
     Raises:
         KDError: different numbers of nodes, or an unknown reduction.
@@ -155,7 +149,10 @@ def movement_loss(
     detach_max: bool = True,
     bridge: Bridge = "error",
 ) -> Tensor:
-    """Squared error between the movements of both networks from a first to a last layer.
+    """Squared error between the movements of both networks from a first to a last layer. Scalar.
+
+    Without nodes the loss is an exact zero in the graph. A normalised movement of a single node is
+    1, or 0 where it does not move.
 
     Args:
         student: features of the first and of the last layer, see :func:`movement`.
@@ -164,10 +161,6 @@ def movement_loss(
             is ``2 / N`` times as large.
         normalize, detach_max: see :func:`edge_matrix`.
         bridge: see :func:`movement`.
-
-    Returns:
-        Scalar; an exact zero in the graph without nodes. A normalised movement of a single node is
-        1, or 0 where it does not move.
 
     Raises:
         KDError: see :func:`movement`; or an unknown reduction.

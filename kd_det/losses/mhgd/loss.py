@@ -45,18 +45,16 @@ logger = logging.getLogger(__name__)
 
 
 def mhgd_loss(student: Tensor, teacher: Tensor, reduction: Reduction = "sum") -> Tensor:
-    r"""``KL(G_s || G_t)`` between graphs ``G = softmax_j(tanh S)`` of one pair of taps.
+    r"""``KL(G_s || G_t)`` between graphs ``G = softmax_j(tanh S)`` of one pair of taps. Scalar.
 
-    The student comes first, unlike in KD; the authors' code has it so.
+    The student comes first, unlike in KD, as in the authors' code. Without samples the loss is an
+    exact zero in the graph.
 
     Args:
         student: similarities ``S [H, B, B]``; any floating dtype, computed in at least float32.
         teacher: same shape; no gradient flows into it.
         reduction: ``"sum"`` over heads and rows (published; its weight 1 relies on the
             task-norm clip); ``"mean"`` divides by ``H * B`` (ours).
-
-    Returns:
-        Scalar; an exact zero in the graph without samples.
 
     Raises:
         KDError: shapes differ, or an unknown reduction.
@@ -111,12 +109,8 @@ class AttentionModule(nn.Module):
     def similarity(self, front: Tensor, back: Tensor, batch_statistics: bool = False) -> Tensor:
         """``S[h, i, j] = key_i . query_j`` of head h: unbounded, ``[H, B, B]``.
 
-        Keys are linear in back vectors, queries in front vectors, both normalised by BatchNorm.
-
-        Args:
-            front: ``[B, C_front]``.
-            back: ``[B, C_back]``.
-            batch_statistics: normalise by this batch and update the stored statistics.
+        Keys are linear in ``back [B, C_back]``, queries in ``front [B, C_front]``, both normalised
+        by BatchNorm; ``batch_statistics`` uses this batch and updates the stored statistics.
         """
         key = _batch_norm(self.bn_key, back @ self.w_key, batch_statistics)
         query = _batch_norm(self.bn_query, front @ self.w_query, batch_statistics)
@@ -126,22 +120,17 @@ class AttentionModule(nn.Module):
     def estimate(self, front: Tensor, graph: Tensor) -> Tensor:
         """Back vectors estimated from the front ones: unit vectors ``[B, C_back]``.
 
-        BatchNorm uses batch statistics.
-
-        Args:
-            front: ``[B, C_front]``.
-            graph: weights of the front vectors, ``[H, B, B]``, with dropped heads set to zero.
+        ``graph [H, B, B]`` weights the front vectors; dropped heads are zero. BatchNorm uses batch
+        statistics.
         """
         value = F.relu(_batch_norm(self.bn_value, front @ self.w_value, batch_statistics=True))
         explained = torch.einsum("hij,jd->ihd", graph, value).flatten(1)
         return F.normalize(explained @ self.w_out + self.b_out, dim=1, eps=_NORM_EPS)
 
     def training_loss(self, front: Tensor, back: Tensor, kept: Tensor) -> Tensor:
-        """``mean_i(1 - cosine)`` between estimated and true back vectors.
+        """``mean_i(1 - cosine)`` between estimated and true back vectors, all of unit length.
 
-        Args:
-            front, back: unit vectors ``[B, C_front]`` and ``[B, C_back]``.
-            kept: see :func:`head_drop`.
+        ``kept`` is a mask from :func:`head_drop`.
         """
         graph = self.similarity(front, back, batch_statistics=True).softmax(dim=2) * kept
         return 1 - (self.estimate(front, graph) * back).sum(dim=1).mean()
@@ -271,12 +260,11 @@ class MHGDLoss(PreStageLoss):
     def forward(self, student: list[Tensor], teacher: list[Tensor], **context: Any) -> Tensor:
         """Transfer loss, summed over pairs of taps. Scalar.
 
+        For fewer than two samples, which have no relations, it is an exact zero with a gradient.
+
         Args:
             student: one map ``[B, C_k, H_k, W_k]``, or ``[B, C_k]``, per tap.
-            teacher: as many, of the same B; heights and widths are free.
-
-        Returns:
-            An exact zero in the graph for fewer than two samples, which have no graph.
+            teacher: as many, of the same B and any heights and widths.
         """
         check_same_length("MHGD", student, teacher)
         self._check_taps("student", student, self.student_channels)
@@ -368,13 +356,5 @@ def _matrix(rows: int, columns: int) -> nn.Parameter:
 
 
 def _batch_norm(bn: Any, x: Tensor, batch_statistics: bool) -> Tensor:
-    return F.batch_norm(
-        x,
-        bn.running_mean,
-        bn.running_var,
-        bn.weight,
-        bn.bias,
-        training=batch_statistics,
-        momentum=bn.momentum,
-        eps=bn.eps,
-    )
+    stored = bn.running_mean, bn.running_var, bn.weight, bn.bias
+    return F.batch_norm(x, *stored, batch_statistics, bn.momentum, bn.eps)

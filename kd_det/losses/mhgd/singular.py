@@ -91,7 +91,7 @@ def most_similar(directions: Tensor, teacher: Tensor) -> Tensor:
 def direction_gradient(
     scores: Tensor, vectors: Tensor, values: Tensor, grad: Tensor, tolerance: float = TOLERANCE
 ) -> Tensor:
-    r"""Gradient with respect to ``X``, given the one with respect to its first directions.
+    r"""Gradient with respect to ``X``, ``[B, P, C]``, from that for its first directions.
 
     With ``M[i, j] = (v_i . g_j) / (sigma_j^2 - sigma_i^2)``, zero on the diagonal:
 
@@ -107,9 +107,6 @@ def direction_gradient(
         grad: ``g``, ``[B, C, k]`` for the first k directions.
         tolerance: pairs with ``|sigma_j^2 - sigma_i^2| <= tolerance * sigma_0^2`` and divisions by
             ``sigma_j <= tolerance * sigma_0`` are left out; they would explode.
-
-    Returns:
-        ``[B, P, C]``.
     """
     k = grad.shape[2]
     first, largest = vectors[:, :, :k], values[:, :1]

@@ -93,7 +93,7 @@ def shortcut(in_channels: int, channels: int, stride: int) -> nn.Module:
 
 
 def channel_shuffle(x: Tensor, groups: int) -> Tensor:
-    """Interleave the channels of ``groups`` equal groups; ``[N, C, H, W]`` to the same shape."""
+    """Interleave the channels of ``groups`` equal groups of ``[N, C, H, W]``."""
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
@@ -131,13 +131,8 @@ def stages(model: nn.Module) -> list[tuple[str, nn.Sequential]]:
 def he_init(model: nn.Module, linear_std: float | None = None) -> None:
     """Normal weights of variance ``2 / (kernel area * output channels)`` for the convolutions.
 
-    He et al., ICCV 2015, fan-out form. All biases start at zero; norms stay as PyTorch leaves
-    them (scale 1, shift 0).
-
-    Args:
-        model: changed in place.
-        linear_std: standard deviation of the linear layers' weights; None leaves them as PyTorch
-            does.
+    He et al., ICCV 2015, fan-out form. All biases start at zero; norms keep PyTorch's scale 1 and
+    shift 0, and linear weights PyTorch's initial values unless ``linear_std`` is given.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

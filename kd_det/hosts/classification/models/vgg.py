@@ -30,8 +30,8 @@ _LARGE_MAP = 8
 class PoolLargeMaps(nn.MaxPool2d):
     """Halves maps of at least 8x8 cells.
 
-    Before the last block these are images of 64 pixels and more (Tiny-ImageNet); on CIFAR the last
-    two blocks work at the same size.
+    Before the last block these come from images of at least 64 pixels (Tiny-ImageNet); on CIFAR the
+    last two blocks work at the same size.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class CifarVGG(CifarNet):
     def taps(self) -> dict[str, Tap]:
         """``stem`` (block 0), ``stage1..4`` with ``_first`` and ``_pre``, ``pooled``, ``logits``.
 
-        The first unit of a block is its first convolution, norm and ReLU.
+        ``_first`` follows the first convolution, norm and ReLU of a block.
         """
         taps = {"stem": Tap("relu0")}
         for k in range(1, 5):
