@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -102,17 +101,9 @@ def _panel(axes: Axes, sweep: Sweep) -> None:
     axes.errorbar(x, y, yerr=deviations, marker="o", color="tab:blue", capsize=3)
     axes.plot(sweep.best.value, sweep.best.mean, "*", color="tab:orange", markersize=15, zorder=3)
     bottom = axes.get_xaxis_transform()
-    for point in sweep.points:
-        if point.failure:
-            axes.text(
-                point.value,
-                0.03,
-                "failed",
-                color="tab:red",
-                rotation=90,
-                ha="center",
-                transform=bottom,
-            )
+    for failed in [point.value for point in sweep.points if point.failure]:
+        style = {"color": "tab:red", "rotation": "vertical", "ha": "center"}
+        axes.text(failed, 0.03, "failed", style, transform=bottom)
     values = [point.value for point in sweep.points]
     _scale(axes, values)
     if len(values) <= _MOST_TICKS:
