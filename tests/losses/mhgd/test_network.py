@@ -119,7 +119,7 @@ def test_the_network_learns_to_rebuild_back_vectors(randn):
     turn = torch.linalg.qr(randn(4, 4))[0]
     loss = MHGDLoss((4, 4), (4, 4), heads=4)
     loss.start_pre_stage()
-    optimizer = torch.optim.SGD(loss.pre_stage_parameters(), 0.1, 0.9, nesterov=True)
+    optimizer = torch.optim.SGD(loss.network.parameters(), 0.1, 0.9, nesterov=True)
     values = []
     for _ in range(60):
         front = randn(64, 4)
@@ -145,6 +145,6 @@ def test_less_than_two_samples_leave_the_network_as_it_is(randn):
     value = loss.pre_stage_loss(pyramid(randn, samples=1))
     value.backward()
     assert value.item() == 0.0
-    assert all(p.grad is not None and not p.grad.any() for p in loss.pre_stage_parameters())
+    assert all(p.grad is not None and not p.grad.any() for p in loss.network.parameters())
     after = loss.network.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)

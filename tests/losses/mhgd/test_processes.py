@@ -36,7 +36,7 @@ def step(part, counts):
         "loss": value.detach(),
         "gradients": [s.grad for s in scale],
         "pre_stage": training.detach(),
-        "network_gradients": [p.grad for p in loss.pre_stage_parameters()],
+        "network_gradients": [p.grad for p in loss.network.parameters()],
         "state": loss.pre_stage_state(),
     }
 
