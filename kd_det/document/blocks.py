@@ -128,8 +128,8 @@ class Table:
     kind: str = "table"
 
     def is_numeric(self, column: int) -> bool:
-        """Whether all cells of a column are numbers or stand for none; they align to the right."""
-        cells = [row[column].text for row in self.rows]
+        """Whether a column aligns to the right: its cells are numbers or stand for none."""
+        cells = [row[column].text for row in self.rows] if column else []
         return any(cells) and all(map(_NUMBER.fullmatch, cells))
 
 
