@@ -85,8 +85,8 @@ STUDIES = {
 }
 
 
-def names(host: str, arch: str) -> tuple[str, str, str]:
-    """Endings of the config names of teacher, baseline and rows."""
+def endings(host: str, arch: str) -> tuple[str, str, str]:
+    """Ends of the names of the configs of teacher, baseline and rows."""
     if host == "classification":
         return "resnet20", "resnet14_x0.5", "resnet14_x0.5_resnet20"
     return arch, arch, arch
@@ -107,12 +107,12 @@ def main() -> int:
     if unknown := set(args.rows or ()) - set(study.rows):
         parser.error(f"unknown rows {', '.join(sorted(unknown))}; known: {', '.join(study.rows)}")
     chosen = args.rows or list(study.default)
-    of_teacher, of_baseline, of_row = names(args.host, args.arch)
+    teacher_end, baseline_end, row_end = endings(args.host, args.arch)
     runs = args.output / (
         args.host if args.host == "classification" else f"{args.host}_{args.arch}"
     )
     folder = ROOT / "configs" / study.folder
-    teacher_config, teacher = folder / f"teacher_{of_teacher}.yaml", runs / "teacher"
+    teacher_config, teacher = folder / f"teacher_{teacher_end}.yaml", runs / "teacher"
     console = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -123,7 +123,7 @@ def main() -> int:
         train(teacher_config, teacher, [])
         progress.advance(task)
         progress.update(task, description="students")
-        taught = [
+        teacher_opts = [
             *("KD.TEACHER.CONFIG_FILE", str(teacher_config)),
             *("KD.TEACHER.WEIGHTS", str(teacher / "model_final.pth")),
         ]
@@ -131,9 +131,9 @@ def main() -> int:
             futures = [
                 pool.submit(
                     train,
-                    folder / f"{row}_{of_baseline if row == 'baseline' else of_row}.yaml",
+                    folder / f"{row}_{baseline_end if row == 'baseline' else row_end}.yaml",
                     runs / f"{row}_seed{seed}",
-                    ["SEED", str(seed), *taught, *overrides],
+                    ["SEED", str(seed), *teacher_opts, *overrides],
                 )
                 for row, seed in jobs
             ]
@@ -179,9 +179,12 @@ def last(output: Path, key: str) -> float | None:
 
 def table(study: Study, runs: Path, rows: list[str], seeds: list[int]) -> str:
     """Markdown; the last column is the mean gain in the first metric and whether it counts."""
-    wanted = study.metrics
-    everything = [runs / "teacher", *(runs / f"{row}_seed{seeds[0]}" for row in rows)]
-    shown = {n: k for n, k in wanted.items() if any(last(r, k) is not None for r in everything)}
+    folders = [runs / "teacher", *(runs / f"{row}_seed{seeds[0]}" for row in rows)]
+    shown = {
+        name: key
+        for name, key in study.metrics.items()
+        if any(last(folder, key) is not None for folder in folders)
+    }
     main = next(iter(shown.values()))
     lines = [
         "| model | " + " | ".join(shown) + " | gained |",
@@ -190,8 +193,8 @@ def table(study: Study, runs: Path, rows: list[str], seeds: list[int]) -> str:
     baseline = values(runs, "baseline", seeds, main)
     for row in rows:
         cells = [spread(values(runs, row, seeds, key)) for key in shown.values()]
-        found = values(runs, row, seeds, main)
-        gain = "" if row == "baseline" else gained(found, baseline, study.deviations)
+        numbers = values(runs, row, seeds, main)
+        gain = "" if row == "baseline" else gained(numbers, baseline, study.deviations)
         lines.append(f"| {study.rows[row]} | " + " | ".join(cells) + f" | {gain} |")
     cells = [
         spread([v for v in [last(runs / "teacher", key)] if v is not None])
@@ -202,16 +205,16 @@ def table(study: Study, runs: Path, rows: list[str], seeds: list[int]) -> str:
 
 
 def values(runs: Path, row: str, seeds: list[int], key: str) -> list[float]:
-    found = [last(runs / f"{row}_seed{seed}", key) for seed in seeds]
-    return [value for value in found if value is not None]
+    results = [last(runs / f"{row}_seed{seed}", key) for seed in seeds]
+    return [value for value in results if value is not None]
 
 
 def gained(numbers: list[float], baseline: list[float], deviations: int) -> str:
-    found = gain(numbers, baseline, deviations)
-    if found is None or found.noise is None:
+    difference = gain(numbers, baseline, deviations)
+    if difference is None or difference.noise is None:
         return "-"
-    verdict = f"**{found.verdict}**" if found.counts else found.verdict
-    return f"{found.difference:+.2f} ({verdict})"
+    verdict = f"**{difference.verdict}**" if difference.counts else difference.verdict
+    return f"{difference.difference:+.2f} ({verdict})"
 
 
 if __name__ == "__main__":

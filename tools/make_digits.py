@@ -46,14 +46,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def subset(paths: Paths, classes: list[str], name: str | None) -> Paths:
     """The data set of some classes: its own annotations, the same images."""
-    name, found = name or f"digits{''.join(classes)}", {}
+    name, subsets = name or f"digits{''.join(classes)}", {}
     for whole, (json_file, image_root) in paths.items():
         split = f"{name}_{whole.removeprefix('digits_')}"
-        found[split] = (
+        subsets[split] = (
             write_subset(json_file, json_file.with_name(f"{split}.json"), classes),
             image_root,
         )
-    return found
+    return subsets
 
 
 def main(argv: list[str] | None = None) -> None:
