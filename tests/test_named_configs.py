@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kd_det.run.config import HOSTS, _keys
+from kd_det.hosts.base import HOSTS
+from kd_det.run.config import _keys
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("*.md", "Makefile", "docs/**/*.md", "kd_det/**/*.py", "tools/*.py", "configs/**/*.yaml")
