@@ -12,7 +12,6 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from kd_det.app.arguments import config_parser
-from kd_det.core.distiller import Distiller
 from kd_det.core.errors import KDError
 from kd_det.hosts.base import Pictures, get_host, read_host
 from kd_det.run.plan import Plan, Results, Start, read_plan, run_plan
@@ -68,12 +67,12 @@ def train(plan: Plan, start: Start) -> Any:
     return run_plan(run, plan, start)
 
 
-def make_pictures(cfg: CfgNode, student: nn.Module, distiller: Distiller) -> Pictures:
+def make_pictures(cfg: CfgNode, model: nn.Module) -> Pictures:
     """The pictures of a run with ``VIS_PERIOD`` above 0."""
     # Imported only where it is wanted, because of the libraries that draw.
     from kd_det.visualize.periodic import start_pictures
 
-    return start_pictures(cfg, student, distiller)
+    return start_pictures(cfg, model)
 
 
 def _is_first(start: Start) -> bool:

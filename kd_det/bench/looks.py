@@ -16,7 +16,6 @@ from torch.func import functional_call
 from kd_det.core.checkpoint import DISTILLER_PREFIX, load_distiller, read_weights
 from kd_det.core.distiller import Distiller
 from kd_det.core.errors import KDError
-from kd_det.core.taps import TapRecorder
 from kd_det.core.teacher import FrozenTeacher
 from kd_det.procedures.pre_stage import load_pre_stage, pre_stage_losses, teacher_fingerprint
 
@@ -118,6 +117,14 @@ def open_pre_stage(distiller: Distiller, teacher: FrozenTeacher | None, given: s
     return list(losses)
 
 
+def as_bytes(image: Tensor) -> Tensor:
+    """An image of floats in 0..1 as uint8.
+
+    Rounded, unlike ``to_dtype(scale=True)``, so that a pixel is again what it was read from.
+    """
+    return (image * 255).round().clamp(0, 255).to(torch.uint8)
+
+
 def export_problems(
     model: nn.Module,
     student: nn.Module,
@@ -149,23 +156,6 @@ def export_problems(
         for name, value in mine.items()
         if (difference := _difference(value, theirs[name]))
     ]
-
-
-def detector_outputs(model: nn.Module, predict: Callable[[], Any]) -> dict[str, Tensor]:
-    """Maps of a detector's backbone and its detections in one prediction, by name.
-
-    Detections alone would not do: an untrained student has none.
-
-    Args:
-        model: the detector, with a ``backbone`` that gives its maps by level.
-        predict: runs it once; returns :class:`kd_det.bench.workbench.Detections`.
-    """
-    recorder = TapRecorder(model, {"maps": "backbone"})
-    with evaluating(model), recorder.recording():
-        found = predict()
-    maps = recorder.read()["maps"]
-    recorder.release()
-    return {f"level {name} of the backbone": value for name, value in maps.items()} | vars(found)
 
 
 def _difference(one: Tensor, other: Tensor) -> str:

@@ -183,6 +183,42 @@ def map_labels(labels: Tensor, class_map: ClassMap | None, first: int = 0) -> Te
     return _index(class_map.indices, labels)[labels - first] + first
 
 
+def translation(
+    student: Sequence[str] | None, teacher: Sequence[str] | None, class_map: Mapping[Any, Any]
+) -> list[int] | None:
+    """The student's index of each of the teacher's classes, by name; -1 where it has none.
+
+    Unlike :func:`match_classes` it refuses nothing: a teacher that lacks classes can still be
+    evaluated on the others.
+
+    Args:
+        student: names in the order of its outputs; None where they are unknown.
+        teacher: names in the order of its outputs; None where they are unknown.
+        class_map: student's name to teacher's, where they differ.
+
+    Returns:
+        None where names are unknown: indices are then the same on both sides.
+    """
+    if student is None or teacher is None:
+        return None
+    renamed = {str(own): str(name) for own, name in class_map.items()}
+    places = {renamed.get(name, name): place for place, name in enumerate(student)}
+    return [places.get(name, -1) for name in teacher]
+
+
+def translated(classes: Tensor, table: Sequence[int] | None, count: int) -> Tensor:
+    """The teacher's class indices as the student's; -1 where the student has no such class.
+
+    Args:
+        classes: integers of any shape, from 0.
+        table: see :func:`translation`.
+        count: classes of the student.
+    """
+    if table is None:
+        return classes.where(classes < count, -1)
+    return torch.tensor(table, device=classes.device)[classes]
+
+
 def mapped_specs(
     specs: Mapping[str, Any], class_map: ClassMap | None, backgrounds: Mapping[str, int]
 ) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from kd_det.bench.workbench import Workbench
-from kd_det.core.distiller import Distiller
 from kd_det.core.errors import check_known, fail
 from kd_det.core.teacher import FrozenTeacher
 from kd_det.run.plan import Results, Start
@@ -67,8 +66,8 @@ class Pictures(Protocol):
         ...
 
 
-MakePictures = Callable[[CfgNode, nn.Module, Distiller], Pictures]
-"""Makes the pictures of a run from its config, the stock student and the losses."""
+MakePictures = Callable[[CfgNode, nn.Module], Pictures]
+"""Makes the pictures of a run from its config and the module that trains, with a distiller."""
 
 
 class RunHost(Protocol):
@@ -114,7 +113,9 @@ class Host:
         open_bench: a run built from its config, to look at. The second argument is a checkpoint
             with what the losses have learnt if it holds that; ``""`` starts as the run does, from
             ``MODEL.WEIGHTS``. The third is False to leave teacher and terms out; the checkpoint
-            must then be complete. Writes nothing but the digits, if they are missing.
+            must then be complete. Writes nothing but the digits, if they are missing. The fourth
+            is None, or the module of a run that trains already, which stays as it is: then the
+            second and third mean nothing.
         build_teacher: the frozen teacher that ``KD.TEACHER`` describes, on ``MODEL.DEVICE`` or
             the CPU. Random streams are left as they were.
         export_student: writes the stock student of a run, from its config and checkpoint, into a
@@ -129,7 +130,7 @@ class Host:
     load_config: Callable[[str | ConfigFile, Sequence[str]], CfgNode]
     check_run: Callable[[CfgNode, Start], None]
     run: RunHost
-    open_bench: Callable[[CfgNode, str, bool], Workbench]
+    open_bench: Callable[..., Workbench]
     build_teacher: Callable[[CfgNode], Teacher]
     export_student: Callable[[CfgNode, str | Path, str | Path], tuple[Path, Path]]
     num_classes: Callable[[CfgNode], int]
@@ -180,10 +181,12 @@ def load_config(config: str | ConfigFile, opts: Sequence[str] = ()) -> CfgNode:
     return get_host(read_host(file)).load_config(file, opts)
 
 
-def open_bench(cfg: CfgNode, weights: str = "", distilled: bool = True) -> Workbench:
+def open_bench(
+    cfg: CfgNode, weights: str = "", distilled: bool = True, model: nn.Module | None = None
+) -> Workbench:
     """A run built from its config as its host would for training; see :class:`Host`.
 
     Raises:
         KDError: whatever the host refuses about the config.
     """
-    return get_host(cfg.HOST).open_bench(cfg, weights, distilled)
+    return get_host(cfg.HOST).open_bench(cfg, weights, distilled, model)

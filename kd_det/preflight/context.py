@@ -8,7 +8,6 @@ from pathlib import Path
 from fvcore.common.config import CfgNode
 
 from kd_det.bench.workbench import Side, Workbench
-from kd_det.hosts.base import get_host
 from kd_det.preflight.answers import Answer, Example
 from kd_det.preflight.steps import Steps
 
@@ -62,9 +61,7 @@ class Context:
 
     def num_classes(self, side: Side) -> int:
         """Classes of a side's head without a background, whether or not they have names."""
-        cfg = self.bench.cfg if side == "student" else self.bench.teacher_cfg
-        assert cfg is not None
-        return get_host(self.cfg.HOST).num_classes(cfg)
+        return self.bench.num_classes(side)
 
     @property
     def device(self) -> str:

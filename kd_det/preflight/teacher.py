@@ -10,13 +10,13 @@ import torch
 
 from kd_det.bench.workbench import PixelInput, Side, parameters, side_model
 from kd_det.core.checkpoint import read_weights
+from kd_det.core.class_map import translation
 from kd_det.document.blocks import Picture
 from kd_det.preflight import inputs
 from kd_det.preflight.answers import Answer, answer, draw_answers, examples, truth_confidence
 from kd_det.preflight.budget import Stopwatch, affordable, within
 from kd_det.preflight.context import Context
 from kd_det.preflight.findings import Section, counted
-from kd_det.run.class_names import translation
 from kd_det.run.record import sha256
 
 # Shares of Settings.seconds: predictions of the teacher, the same under other inputs, evaluation

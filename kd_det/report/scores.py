@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,13 +17,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from kd_det.core.errors import KDError, fail
-from kd_det.data.catalogue import data_root
-from kd_det.data.digits.detection import digits_paths
+from kd_det.data.catalogue import detection_paths
 from kd_det.report.classified import accuracy, read_answers
 from kd_det.report.runs import Run, describe
 from kd_det.run.folder import DETECTIONS, PREDICTIONS, RESULTS
 
-_COCO = re.compile(r"coco_(\d{4})_(train|val)")
 # Evaluators round differently; predictions of other weights differ by more. In percent.
 _SAME = 0.1
 # Positions in COCOeval's table of precisions [T, R, K, A, M]: IoU thresholds 0.50, 0.55, ..., 0.95;
@@ -106,7 +103,8 @@ def find_truth(name: str, config: Mapping[str, Any]) -> Truth:
     Raises:
         KDError: a name without a known place, or no readable json there.
     """
-    json_file, root = _paths(config, name)
+    entry = config.get(f"DATASETS.COCO_JSON.{name}")
+    json_file, root = detection_paths(name, {} if entry is None else {name: entry})
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             coco = COCO(str(json_file))
@@ -186,24 +184,6 @@ def _take(run: Run, measured: Mapping[str, float], source: str) -> None:
                 "are of different evaluations; the former are shown"
             )
     run.take(measured, source)
-
-
-def _paths(config: Mapping[str, Any], name: str) -> tuple[Path, Path]:
-    entry = config.get(f"DATASETS.COCO_JSON.{name}")
-    if isinstance(entry, (list, tuple)) and len(entry) == 2:
-        return Path(entry[0]), Path(entry[1])
-    digits = digits_paths(data_root() / "digits")
-    if name in digits:
-        return digits[name]
-    if match := _COCO.fullmatch(name):
-        year, split = match.groups()
-        folder = data_root() / "coco"
-        return folder / "annotations" / f"instances_{split}{year}.json", folder / f"{split}{year}"
-    fail(
-        expected=f"a known place of data set '{name}'",
-        received="no entry in DATASETS.COCO_JSON and no built-in name",
-        remedy="name it in DATASETS.COCO_JSON of the run's config.yaml",
-    )
 
 
 def _is_detection(entry: Any) -> bool:

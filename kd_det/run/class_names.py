@@ -11,9 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from fvcore.common.config import CfgNode
-from torch import Tensor
 
 from kd_det.core.class_map import NAMES_KEY, ClassMap, as_names, match_classes
 from kd_det.core.errors import fail, listed
@@ -141,57 +139,3 @@ def run_class_map(
         )
     )
     return find_class_map(student, teacher, cfg.KD.CLASS_MAP)
-
-
-def given_names(cfg: CfgNode) -> list[str] | None:
-    """Names of the teacher's classes that a config gives itself, if it does."""
-    return list(as_names(NAMES_KEY, cfg.KD.TEACHER.CLASS_NAMES)) or None
-
-
-def fitting_names(names: Sequence[str] | None, count: int) -> list[str] | None:
-    """Names of a head's classes; None where nobody knows them.
-
-    Names that are not as many as the classes belong to something else, as in
-    :func:`kd_det.run.class_names.side_classes`, which refuses some where logits are compared.
-
-    Args:
-        names: of a side's training data, or given for it.
-        count: classes of its head, without a background.
-    """
-    return list(names) if names is not None and len(names) == count else None
-
-
-def translation(
-    student: Sequence[str] | None, teacher: Sequence[str] | None, renamed: Mapping[Any, Any]
-) -> list[int] | None:
-    """The student's index of each of the teacher's classes, by name; -1 where it has none.
-
-    Unlike :func:`kd_det.core.class_map.match_classes` it refuses nothing: a teacher that lacks
-    classes can still be evaluated on the others.
-
-    Args:
-        student: names in the order of its outputs; None where nobody knows them.
-        teacher: likewise.
-        renamed: ``KD.CLASS_MAP``, student's name to teacher's.
-
-    Returns:
-        None where names are unknown: indices are taken as they are.
-    """
-    if student is None or teacher is None:
-        return None
-    other = {str(own): str(name) for own, name in renamed.items()}
-    places = {other.get(name, name): place for place, name in enumerate(student)}
-    return [places.get(name, -1) for name in teacher]
-
-
-def translated(classes: Tensor, table: Sequence[int] | None, count: int) -> Tensor:
-    """The teacher's class indices as the student's; -1 where the student has no such class.
-
-    Args:
-        classes: integers of any shape, from 0.
-        table: see :func:`translation`.
-        count: classes of the student.
-    """
-    if table is None:
-        return classes.where(classes < count, -1)
-    return torch.tensor(table, device=classes.device)[classes]

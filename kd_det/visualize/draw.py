@@ -1,4 +1,4 @@
-"""Which pictures a recording gives: those of what its terms compare, and no others."""
+"""The pictures of a recording: those of the tensors that its terms compare."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from kd_det.bench.workbench import Workbench
 from kd_det.core.terms import Term
 from kd_det.hosts.detection.heads import BOX_TAPS
 from kd_det.losses.at import ATLoss
@@ -20,33 +21,35 @@ from kd_det.losses.mhgd.loss import MHGDLoss
 from kd_det.visualize.graphs import Nodes, edge_grid, head_grid
 from kd_det.visualize.logits import Head, class_grid, head_labels, roi_grid
 from kd_det.visualize.maps import attention_grid, feature_grid, mask_grid
-from kd_det.visualize.watch import Recording, Subject
+from kd_det.visualize.watch import Recording
 
 Named = Iterator[tuple[str, Figure]]
 
 
 @torch.no_grad()
-def draw(subject: Subject, recording: Recording) -> dict[str, Figure]:
+def draw(bench: Workbench, recording: Recording) -> dict[str, Figure]:
     """Every picture of one forward, by the name of its file.
 
     ``features_<tap>``, ``attention_<tap>``, ``fgfi_mask``, ``rois``, ``logits``, ``irg`` and
     ``mhgd``; the name of the term follows where another term has taken a name.
     """
     figures: dict[str, Figure] = {}
-    for term in subject.distiller.specs:
+    assert bench.distiller is not None
+    for term in bench.distiller.specs:
         for label, s, t in recording.pairs(term):
             name = f"features_{_as_name(label)}"
             # Many terms look at the same maps.
             if _is_map(label, s) and t.dim() == 4 and name not in figures:
                 figures[name] = feature_grid(recording.pictures, s, t, label)
-        for name, figure in _of_term(subject, recording, term):
+        for name, figure in _of_term(bench, recording, term):
             figures[f"{name}_{_as_name(term.name)}" if name in figures else name] = figure
     return figures
 
 
-def _of_term(subject: Subject, recording: Recording, term: Term) -> Named:
-    loss = subject.distiller.terms[term.name]
-    yield from _opinions(subject, recording, term, loss)
+def _of_term(bench: Workbench, recording: Recording, term: Term) -> Named:
+    assert bench.distiller is not None
+    loss = bench.distiller.terms[term.name]
+    yield from _logits(bench, recording, term, loss)
     if isinstance(loss, ATLoss):
         for label, s, t in recording.pairs(term):
             if _is_map(label, s):
@@ -55,23 +58,23 @@ def _of_term(subject: Subject, recording: Recording, term: Term) -> Named:
     if isinstance(loss, FGFILoss):
         yield from _masks(recording, term, loss)
     if isinstance(loss, (IRGLoss, MTKLoss)):
-        yield from _edges(subject, recording, term, loss)
+        yield from _edges(bench, recording, term, loss)
     if isinstance(loss, MHGDLoss):
-        yield from _heads(subject, recording, term, loss)
+        yield from _heads(bench, recording, term, loss)
 
 
-def _opinions(subject: Subject, recording: Recording, term: Term, loss: nn.Module) -> Named:
-    stages = iter(recording.boxes)
+def _logits(bench: Workbench, recording: Recording, term: Term, loss: nn.Module) -> Named:
+    boxes_of_stages = iter(recording.boxes)
     for label, s, t in recording.pairs(term):
         if not label.startswith(("box_logits", "logits")):
             continue
         head = Head(
-            head_labels(subject.class_names, s.shape[1], subject.background),
+            head_labels(bench.class_names("student"), s.shape[1], bench.background),
             getattr(loss, "temperature", 1.0),
             getattr(loss, "activation", "softmax"),
         )
         if label.startswith("box_logits"):
-            boxes = next(stages)
+            boxes = next(boxes_of_stages)
             name = label.replace("box_logits", "rois")
             yield _as_name(name), roi_grid(recording.pictures, boxes, s, t, head, term.name)
         else:
@@ -96,18 +99,18 @@ def _masks(recording: Recording, term: Term, loss: FGFILoss) -> Named:
     yield "fgfi_mask", mask_grid(recording.pictures, by_tap, boxes, term.name)
 
 
-def _edges(subject: Subject, recording: Recording, term: Term, loss: IRGLoss | MTKLoss) -> Named:
+def _edges(bench: Workbench, recording: Recording, term: Term, loss: IRGLoss | MTKLoss) -> Named:
     _, edges, _ = loss.layout.split(recording.pairs(term))
     layers = []
     for label, s, t in edges:
         index = _thinned(len(s), loss.max_nodes)
         layers.append((label, edge_matrix(s[index]), edge_matrix(t[index])))
     if layers and len(index) > 1:
-        nodes = _nodes(subject, recording, edges[0][0], len(edges[0][1])).thinned(index)
+        nodes = _nodes(bench, recording, edges[0][0], len(edges[0][1])).thinned(index)
         yield "irg", edge_grid(layers, nodes, term.name)
 
 
-def _heads(subject: Subject, recording: Recording, term: Term, loss: MHGDLoss) -> Named:
+def _heads(bench: Workbench, recording: Recording, term: Term, loss: MHGDLoss) -> Named:
     pairs = recording.pairs(term)
     count = len(pairs[0][1])
     if count < 2:
@@ -115,16 +118,16 @@ def _heads(subject: Subject, recording: Recording, term: Term, loss: MHGDLoss) -
     # A copy, because adaptors in training update the statistics of their BatchNorm.
     own, others = copy.deepcopy(loss).graphs([s for _, s, _ in pairs], [t for _, _, t in pairs])
     steps = [f"{front} → {back}" for (front, _, _), (back, _, _) in pairwise(pairs)]
-    nodes = _nodes(subject, recording, pairs[0][0], count).thinned(_thinned(count, loss.max_nodes))
+    nodes = _nodes(bench, recording, pairs[0][0], count).thinned(_thinned(count, loss.max_nodes))
     yield "mhgd", head_grid(list(zip(steps, own, others, strict=True)), nodes, term.name)
 
 
-def _nodes(subject: Subject, recording: Recording, label: str, count: int) -> Nodes:
-    """What the rows of a tap are, and how to group them."""
+def _nodes(bench: Workbench, recording: Recording, label: str, count: int) -> Nodes:
+    """Kind and groups of the rows of a tap."""
     if label.startswith(BOX_TAPS):
         logits = _first(recording.teacher.get("box_logits"))
         if logits is not None:
-            names = head_labels(subject.class_names, logits.shape[1], subject.background)
+            names = head_labels(bench.class_names("student"), logits.shape[1], bench.background)
             groups = logits.argmax(dim=1).cpu()
             return Nodes("RoIs", groups, dict(enumerate(names)), "the teacher's class")
         counts = torch.tensor([len(b) for b in recording.boxes[0]])
@@ -134,7 +137,7 @@ def _nodes(subject: Subject, recording: Recording, label: str, count: int) -> No
     targets = recording.context.get("targets")
     if targets is None:
         return Nodes("images", torch.zeros(count, dtype=torch.long), {}, "their place in the batch")
-    names = list(subject.class_names or [])
+    names = list(bench.class_names("student") or [])
     return Nodes("images", targets.cpu(), dict(enumerate(names)), "true class")
 
 

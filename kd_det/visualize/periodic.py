@@ -1,4 +1,4 @@
-"""Pictures every so many iterations of a training, which pays nothing in between.
+"""Pictures at regular iterations of a training; the iterations between them cost nothing.
 
 Parameters, statistics and random streams of the training are left as they are.
 """
@@ -11,32 +11,32 @@ from contextlib import ExitStack
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from kd_det.core.distiller import Distiller
+from kd_det.bench.workbench import Workbench
+from kd_det.hosts.base import open_bench
 from kd_det.visualize.canvas import to_pixels
 from kd_det.visualize.draw import draw
-from kd_det.visualize.subject import find_subject
-from kd_det.visualize.watch import Recording, Subject, watching
+from kd_det.visualize.watch import Recording, watching
 
 IMAGES = 4
 
 logger = logging.getLogger(__name__)
 
 
-def start_pictures(cfg: CfgNode, student: nn.Module, distiller: Distiller) -> PeriodicPictures:
+def start_pictures(cfg: CfgNode, model: nn.Module) -> PeriodicPictures:
     """The pictures of a run; a :data:`kd_det.hosts.base.MakePictures`."""
-    return PeriodicPictures(find_subject(cfg, student, distiller), cfg.VIS_PERIOD)
+    return PeriodicPictures(open_bench(cfg, model=model), cfg.VIS_PERIOD)
 
 
 class PeriodicPictures:
-    """Watches the iterations whose pictures are due, those that ``period`` divides.
+    """Records and draws the iterations that ``period`` divides.
 
     Args:
-        subject: the run.
+        bench: the run.
         period: iterations between two pictures.
     """
 
-    def __init__(self, subject: Subject, period: int) -> None:
-        self.subject = subject
+    def __init__(self, bench: Workbench, period: int) -> None:
+        self.bench = bench
         self.period = period
         self._hooks = ExitStack()
         self._recordings: list[Recording] = []
@@ -44,23 +44,23 @@ class PeriodicPictures:
     def begin(self, iteration: int) -> None:
         """Before the forward of an iteration, counted from 0."""
         if iteration % self.period == 0:
-            self._recordings = self._hooks.enter_context(watching(self.subject, IMAGES))
+            self._recordings = self._hooks.enter_context(watching(self.bench, IMAGES))
 
     def end(self) -> dict[str, Tensor]:
-        """After it: uint8 RGB ``[3, H, W]`` by TensorBoard tag; none if none are due."""
+        """After the forward: uint8 RGB ``[3, H, W]`` by TensorBoard tag, empty if none is due."""
         recordings = self._recordings
         self.stop()
         if not recordings:
             return {}
         try:
-            figures = draw(self.subject, recordings[-1])
+            figures = draw(self.bench, recordings[-1])
             return {f"distilled/{name}": to_pixels(figure) for name, figure in figures.items()}
         except Exception:
-            # A training of days must not end over a picture.
+            # A picture is no reason to end a training.
             logger.exception("what is distilled could not be drawn")
             return {}
 
     def stop(self) -> None:
-        """Stop listening."""
+        """Remove the hooks."""
         self._hooks.close()
         self._recordings = []

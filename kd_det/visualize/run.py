@@ -19,8 +19,7 @@ from kd_det.run.config import read_terms
 from kd_det.run.folder import PICTURES
 from kd_det.visualize.draw import draw
 from kd_det.visualize.pixels import read_pictures
-from kd_det.visualize.subject import find_subject
-from kd_det.visualize.watch import Recording, Subject, watching
+from kd_det.visualize.watch import Recording, watching
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ def visualize(
         overrides: of config keys, ``KEY VALUE``.
         weights: the student's; empty takes ``MODEL.WEIGHTS``.
         images: files to draw in place of training batches, as one batch without ground truth.
-        batches: how many training batches; of several, each has a folder ``batch_<k>``.
+        batches: how many training batches; with several, each has a folder ``batch_<k>``.
         rows: how many images of each batch.
         output: a new or empty folder; None: ``OUTPUT_DIR/visualize``.
 
@@ -61,51 +60,49 @@ def visualize(
     _check_terms(cfg)
     pictures = read_pictures(images)
     folder = _writable(output or Path(cfg.OUTPUT_DIR) / PICTURES)
-    workbench = open_bench(cfg, weights)
-    if workbench.distiller is None:
+    bench = open_bench(cfg, weights)
+    if bench.distiller is None:
         fail(
             expected="a model that distils",
             received=f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}",
             remedy="use DistilledRCNN, DistilledRetinaNet or DistilledFCOS",
         )
-    if workbench.pre_stage:
+    if bench.pre_stage:
         logger.warning(
             "the networks of %s are not trained yet: give --weights of a run, or "
             "KD.PRE_STAGE.WEIGHTS",
-            ", ".join(workbench.pre_stage),
+            ", ".join(bench.pre_stage),
         )
-    subject = find_subject(cfg, workbench.student, workbench.distiller)
     if pictures:
-        return _save(subject, _of_pictures(workbench, subject, pictures), folder)
+        return _save(bench, _of_pictures(bench, pictures), folder)
     files = []
-    for k, recording in enumerate(_of_batches(workbench, subject, batches, rows), 1):
-        files += _save(subject, recording, folder if batches == 1 else folder / f"batch_{k}")
+    for k, recording in enumerate(_of_batches(bench, batches, rows), 1):
+        files += _save(bench, recording, folder if batches == 1 else folder / f"batch_{k}")
     return files
 
 
-def _of_batches(
-    workbench: Workbench, subject: Subject, batches: int, rows: int
-) -> Iterator[Recording]:
-    for batch in itertools.islice(workbench.batches(), batches):
-        with watching(subject, rows) as recordings:
-            workbench.losses(batch)
+def _of_batches(bench: Workbench, batches: int, rows: int) -> Iterator[Recording]:
+    for batch in itertools.islice(bench.batches(), batches):
+        with watching(bench, rows) as recordings:
+            bench.losses(batch)
         yield recordings[-1]
 
 
-def _of_pictures(workbench: Workbench, subject: Subject, pictures: Sequence[Tensor]) -> Recording:
-    with watching(subject, len(pictures)) as recordings:
-        workbench.losses(workbench.unannotated(pictures))
-    # The batch has classes, but they are nobody's.
+def _of_pictures(bench: Workbench, pictures: Sequence[Tensor]) -> Recording:
+    with watching(bench, len(pictures)) as recordings:
+        bench.losses(bench.unannotated(pictures))
+    # The classes of the batch are placeholders.
     context = {k: v for k, v in recordings[-1].context.items() if k != "targets"}
     return dataclasses.replace(recordings[-1], context=context)
 
 
-def _save(subject: Subject, recording: Recording, folder: Path) -> list[Path]:
-    figures = draw(subject, recording)
+def _save(bench: Workbench, recording: Recording, folder: Path) -> list[Path]:
+    assert bench.distiller is not None
+    figures = draw(bench, recording)
     if not figures:
         fail(
             expected="terms that compare something to draw: maps, box_logits, logits, or graphs",
-            received=", ".join(f"{t.name} ({t.loss})" for t in subject.distiller.specs),
+            received=", ".join(f"{t.name} ({t.loss})" for t in bench.distiller.specs),
             remedy="see docs/visualize.md for what has a picture",
         )
     folder.mkdir(parents=True, exist_ok=True)

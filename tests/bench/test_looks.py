@@ -18,7 +18,6 @@ from kd_det.bench.looks import (
     training_losses,
 )
 from kd_det.core.distiller import tap_specs
-from kd_det.run.class_names import fitting_names, translated, translation
 
 
 class Net(nn.Module):
@@ -107,32 +106,6 @@ def test_batches_repeat_whatever_is_drawn_between_them():
         second.append(batch)
         random.seed(99)
     assert first == second == [random.Random(seed).random() for seed in (7, 8, 9)]
-
-
-def test_the_teachers_classes_find_the_students_by_name():
-    table = translation(["cat", "dog", "2"], ["dog", "bird", "feline", "2"], {"cat": "feline"})
-    assert table == [1, -1, 0, 2]
-    assert translated(torch.tensor([[3, 1], [2, 0]]), table, 3).tolist() == [[2, -1], [0, 1]]
-
-
-@pytest.mark.parametrize(
-    ("student", "teacher"), [(None, ["a", "b", "c"]), (["a", "b"], None), (None, None)]
-)
-def test_classes_without_names_stay_as_they_are_as_far_as_the_student_has_them(student, teacher):
-    table = translation(student, teacher, {})
-    assert table is None
-    assert translated(torch.tensor([0, 1, 2]), table, 2).tolist() == [0, 1, -1]
-
-
-def test_names_that_have_nothing_in_common_are_known_to_differ():
-    table = translation(["a", "b"], ["x", "y", "z"], {})
-    assert table == [-1, -1, -1]
-    assert translated(torch.tensor([0, 1, 2]), table, 2).tolist() == [-1, -1, -1]
-
-
-def test_names_that_are_not_as_many_as_the_classes_are_none_of_theirs():
-    assert fitting_names(("a", "b"), 2) == ["a", "b"]
-    assert fitting_names(["a", "b"], 3) is fitting_names(None, 0) is None
 
 
 def run_export(net, reload):

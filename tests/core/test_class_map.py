@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 
-from kd_det.core.class_map import ClassMap, map_labels, map_logits, mapped_specs, match_classes
+from kd_det.core.class_map import (
+    ClassMap,
+    map_labels,
+    map_logits,
+    mapped_specs,
+    match_classes,
+    translated,
+    translation,
+)
 from kd_det.losses import TapSpec
 
 TEACHER = [str(k) for k in (7, 2, 0, 9, 4, 1, 8, 3, 6, 5)]
@@ -198,3 +206,24 @@ def test_specs_have_the_channels_of_the_student(refuses):
     assert mapped_specs(specs, None, backgrounds) == specs
     with refuses("the teacher's 7 classes", "one for 10"):
         mapped_specs({"box_logits": TapSpec(8)}, four_of_ten(), backgrounds)
+
+
+def test_the_teachers_classes_find_the_students_by_name():
+    table = translation(["cat", "dog", "2"], ["dog", "bird", "feline", "2"], {"cat": "feline"})
+    assert table == [1, -1, 0, 2]
+    assert translated(torch.tensor([[3, 1], [2, 0]]), table, 3).tolist() == [[2, -1], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"), [(None, ["a", "b", "c"]), (["a", "b"], None), (None, None)]
+)
+def test_classes_without_names_stay_as_they_are_as_far_as_the_student_has_them(student, teacher):
+    table = translation(student, teacher, {})
+    assert table is None
+    assert translated(torch.tensor([0, 1, 2]), table, 2).tolist() == [0, 1, -1]
+
+
+def test_names_that_have_nothing_in_common_are_known_to_differ():
+    table = translation(["a", "b"], ["x", "y", "z"], {})
+    assert table == [-1, -1, -1]
+    assert translated(torch.tensor([0, 1, 2]), table, 2).tolist() == [-1, -1, -1]

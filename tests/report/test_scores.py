@@ -162,7 +162,7 @@ def test_area_and_crowd_may_be_missing_in_the_truth(json_file):
 
 
 def test_a_data_set_that_nobody_knows_is_refused(refuses):
-    with refuses("known place of data set 'mine'", "DATASETS.COCO_JSON"):
+    with refuses("known data set", "'mine'", "DATASETS.COCO_JSON"):
         find_truth("mine", {})
 
 

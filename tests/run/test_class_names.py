@@ -11,7 +11,6 @@ from kd_det.data.coco_json import category_names
 from kd_det.run.class_names import (
     SideClasses,
     find_class_map,
-    given_names,
     run_class_map,
     side_classes,
 )
@@ -96,7 +95,7 @@ def test_names_and_map_are_read_from_file_and_command_line(tmp_path, refuses):
     add_kd_config(cfg)
     cfg.KD.ENABLED = False
     merge_config(cfg, str(path), ["KD.CLASS_MAP.lamp", "traffic light"])
-    assert given_names(cfg) == ["car", "5", "traffic light"]
+    assert list(map(str, cfg.KD.TEACHER.CLASS_NAMES)) == ["car", "5", "traffic light"]
     student, teacher = known("auto", "3", "lamp"), known("traffic light", "car", "5")
     found = find_class_map(student, teacher, cfg.KD.CLASS_MAP)
     assert found is not None

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd_det.data.catalogue import data_root
 from kd_det.hosts.torchvision_detection.config import get_cfg
 from kd_det.run.devices import check_devices, under_torchrun
 from kd_det.run.folder import check_output_dir, check_same_run, check_writable
@@ -139,17 +138,6 @@ def test_devices_that_are_not_there_are_refused(gpus, refuses, there, device, as
     gpus(there)
     with refuses(part):
         check_devices(device, asked)
-
-
-@pytest.mark.parametrize(
-    ("value", "root"),
-    [(None, Path("datasets")), ("/data", Path("/data")), ("~/coco", Path.home() / "coco")],
-)
-def test_data_sets_live_where_detectron2_looks(monkeypatch, value, root):
-    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
-    if value:
-        monkeypatch.setenv("DETECTRON2_DATASETS", value)
-    assert data_root() == root
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,27 +14,40 @@ from kd_det.bench.workbench import PixelInput
 from kd_det.core.loss import TapSpec
 from kd_det.core.taps import Tap
 from kd_det.visualize.draw import draw
-from kd_det.visualize.watch import Subject, watching
+from kd_det.visualize.watch import watching
 from tests.hosts.torchvision_detection.models import LEVELS, batch, distilled
 
 PIXELS = PixelInput("RGB", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), scale=1, divisor=32)
 BOXES = Tap("roi_heads.box_roi_pool", at="input", select=1)
 
 
-def detector_subject(model):
+def bench_of(student, distiller, entrance="backbone", box_tap=None, names=None, background="last"):
+    """What pictures read from a workbench."""
+    return SimpleNamespace(
+        student=student,
+        distiller=distiller,
+        entrance=entrance,
+        box_tap=box_tap,
+        background=background,
+        pixel_input=lambda side: PIXELS,
+        class_names=lambda side: names,
+    )
+
+
+def detector_bench(model):
     box_tap = BOXES if hasattr(model.student, "roi_heads") else None
     names = [str(k) for k in range(10)]
-    return Subject(
-        model.student, model.distiller, "backbone", PIXELS, box_tap, names, background="first"
+    return bench_of(
+        model.student, model.distiller, box_tap=box_tap, names=names, background="first"
     )
 
 
 def record(model, images=2, seed=0, empty=False):
-    subject = detector_subject(model)
-    with watching(subject, images) as recordings:
+    bench = detector_bench(model)
+    with watching(bench, images) as recordings:
         losses = model.train()(*batch(seed, empty))
     (recording,) = recordings
-    return subject, recording, losses
+    return bench, recording, losses
 
 
 class Classifier(nn.Module):
@@ -46,8 +60,8 @@ class Classifier(nn.Module):
         self.distiller = Distiller(terms, maps, maps, context=("targets",))
 
     @property
-    def subject(self):
-        return Subject(self.student, self.distiller, "", PIXELS)
+    def bench(self):
+        return bench_of(self.student, self.distiller, "")
 
     def forward(self, images, targets):
         taps = {}
@@ -59,24 +73,24 @@ class Classifier(nn.Module):
 
 
 def test_every_term_of_a_detector_has_its_pictures():
-    subject, recording, _ = record(distilled("FasterRCNN"))
+    bench, recording, _ = record(distilled("FasterRCNN"))
     maps = {f"features_{tap}" for tap in ("c3", "backbone.body.layer2", *LEVELS)}
     attention = {f"attention_{tap}" for tap in LEVELS}
     # "relations" compares the logits too, but after "logits" has drawn them.
     others = {"fgfi_mask", "rois", "rois_relations", "irg"}
-    assert set(draw(subject, recording)) == maps | attention | others
+    assert set(draw(bench, recording)) == maps | attention | others
 
 
 def test_attention_of_rois_is_not_laid_over_images():
     terms = {"look": {"LOSS": "AT", "MODE": "paper", "TAPS": ["p2", "box_pooled"]}}
-    subject, recording, losses = record(distilled("FasterRCNN", terms=terms))
+    bench, recording, losses = record(distilled("FasterRCNN", terms=terms))
     assert "look" in losses
-    assert set(draw(subject, recording)) == {"features_p2", "attention_p2"}
+    assert set(draw(bench, recording)) == {"features_p2", "attention_p2"}
 
 
 def test_dense_detectors_have_no_rois():
-    subject, recording, _ = record(distilled("RetinaNet"))
-    figures = draw(subject, recording)
+    bench, recording, _ = record(distilled("RetinaNet"))
+    figures = draw(bench, recording)
     assert recording.boxes == []
     assert not any(key.startswith("rois") for key in figures)
     assert {"features_p2", "attention_p2", "fgfi_mask"} < set(figures)
@@ -87,8 +101,8 @@ def test_without_ground_truth_there_are_no_masks_but_all_else():
         "imitation": {"LOSS": "FGFI", "TAPS": ["p3"]},
         "soft": {"LOSS": "KD", "TAPS": ["box_logits"]},
     }
-    subject, recording, _ = record(distilled("FasterRCNN", terms=terms), empty=True)
-    assert set(draw(subject, recording)) == {"features_p3", "rois"}
+    bench, recording, _ = record(distilled("FasterRCNN", terms=terms), empty=True)
+    assert set(draw(bench, recording)) == {"features_p3", "rois"}
 
 
 def test_a_recording_holds_what_the_distiller_was_given():
@@ -119,7 +133,7 @@ def test_hooks_live_inside_the_block_only():
 def test_the_last_run_of_a_student_that_runs_twice_counts():
     model = Classifier({"soft": {"LOSS": "KD", "TAPS": ["logits"]}})
     images = torch.rand(3, 3, 4, 4)
-    with watching(model.subject, 2) as recordings:
+    with watching(model.bench, 2) as recordings:
         model(images, torch.tensor([0, 1, 2]))
         model(images.flip(0), torch.tensor([2, 1, 0]))
     assert len(recordings) == 2
@@ -135,18 +149,18 @@ def test_a_classifier_has_logits_and_graphs_and_a_taken_name_gets_the_terms():
         "moves": {"LOSS": "IRG-t", "TAPS": ["map", "map"]},
     }
     model = Classifier(terms)
-    with watching(model.subject, 2) as recordings:
+    with watching(model.bench, 2) as recordings:
         model(torch.rand(6, 3, 4, 4), torch.tensor([0, 1, 2, 2, 1, 0]))
-    figures = draw(model.subject, recordings[0])
+    figures = draw(model.bench, recordings[0])
     assert set(figures) == {"logits", "logits_sharp", "logits_edges", "features_map", "irg"}
     assert "temperature 4" in figures["logits"].get_suptitle()
 
 
 def test_one_image_has_no_graph():
     model = Classifier({"edges": {"LOSS": "IRG", "TAPS": ["map"], "VERTICES": False}})
-    with watching(model.subject, 2) as recordings:
+    with watching(model.bench, 2) as recordings:
         model(torch.rand(1, 3, 4, 4), torch.tensor([0]))
-    assert set(draw(model.subject, recordings[0])) == {"features_map"}
+    assert set(draw(model.bench, recordings[0])) == {"features_map"}
 
 
 @pytest.fixture
@@ -181,13 +195,13 @@ def test_the_drawn_graphs_of_heads_give_the_loss(heads):
 def test_drawing_leaves_the_distiller_as_it_was(heads):
     distiller, (student, teacher) = heads
     model = nn.Sequential(nn.Identity())
-    subject = Subject(model, distiller, "0", PIXELS)
-    with watching(subject, 2) as recordings:
+    bench = bench_of(model, distiller, "0")
+    with watching(bench, 2) as recordings:
         model(torch.rand(7, 3, 6, 6))
         distiller(student, teacher)
     before = copy.deepcopy(distiller.state_dict())
     random = torch.get_rng_state()
-    assert set(draw(subject, recordings[0])) == {"features_a", "features_b", "mhgd"}
+    assert set(draw(bench, recordings[0])) == {"features_a", "features_b", "mhgd"}
     after = distiller.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in after)
     assert torch.equal(random, torch.get_rng_state())
@@ -199,10 +213,10 @@ def test_every_stage_of_a_cascade_has_its_rois():
     distiller = Distiller(terms, spec, spec)
     model = nn.ModuleDict({"backbone": nn.Identity(), "pooler": Pooler()})
     tap = Tap("pooler", at="input", select=1, calls=2)
-    subject = Subject(model, distiller, "backbone", PIXELS, tap, ["a", "b"])
+    bench = bench_of(model, distiller, box_tap=tap, names=["a", "b"])
     stages = [[torch.rand(n, 4).cumsum(1) for n in (3, 2)] for _ in range(2)]
     logits = [torch.randn(5, 3) for _ in range(2)]
-    with watching(subject, 2) as recordings:
+    with watching(bench, 2) as recordings:
         for seen in ([stages[1][::-1]] * 2, stages):  # a first run that does not count
             model["backbone"](torch.rand(2, 3, 8, 8))
             for boxes in seen:
@@ -210,7 +224,7 @@ def test_every_stage_of_a_cascade_has_its_rois():
         distiller({"box_logits": logits}, {"box_logits": [x + 1 for x in logits]})
     for seen, boxes in zip(recordings[0].boxes, stages, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(seen, boxes, strict=True))
-    assert set(draw(subject, recordings[0])) == {"rois_stage_1", "rois_stage_2"}
+    assert set(draw(bench, recordings[0])) == {"rois_stage_1", "rois_stage_2"}
 
 
 class Pooler(nn.Module):

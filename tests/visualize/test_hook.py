@@ -17,7 +17,6 @@ from kd_det.hosts.detectron2.train import run_in_process
 from kd_det.visualize.draw import draw
 from kd_det.visualize.periodic import start_pictures
 from kd_det.visualize.run import visualize
-from kd_det.visualize.subject import find_subject
 from kd_det.visualize.watch import watching
 from tests.hosts.detectron2.models import all_terms, batch, build, distilled_cfg, write_teacher
 
@@ -68,16 +67,16 @@ def test_a_detector_trains_bit_identically_with_pictures(teachers, digits, tmp_p
 def test_every_meta_architecture_can_be_drawn(teachers, name, kinds):
     cfg = distilled_cfg(name, teachers(name), all_terms(name, 1.0))
     model = build(cfg)
-    subject = find_subject(cfg, model, model.distiller)
+    bench = open_bench(cfg, model=model)
     inputs = batch()
-    with watching(subject, 2) as recordings, EventStorage():
+    with watching(bench, 2) as recordings, EventStorage():
         model(inputs)
     (recording,) = recordings
     for picture, x in zip(recording.pictures.images, inputs, strict=True):
         rgb = x["image"].flip(0) if cfg.INPUT.FORMAT == "BGR" else x["image"]
         assert torch.equal(picture, rgb)
     assert len(recording.boxes) == kinds
-    figures = draw(subject, recording)
+    figures = draw(bench, recording)
     assert {"features_p3", "fgfi_mask"} <= figures.keys()
     assert len([f for f in figures if f.startswith("rois_stage")]) >= kinds
 
@@ -88,12 +87,11 @@ def test_images_of_nobodys_annotation_pass_a_training_forward(teachers, digits, 
     pictures = [
         torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in ((90, 70), (64, 96))
     ]
-    subject = find_subject(cfg, bench.student, bench.distiller)
-    with watching(subject, 2) as recordings:
+    with watching(bench, 2) as recordings:
         losses = bench.losses(bench.unannotated(pictures))
     assert all(torch.isfinite(loss) for loss in losses.values())
     assert losses["loss_box_reg"] == losses["loss_mask"] == 0
-    assert set(draw(subject, recordings[0])) == {"rois"}
+    assert set(draw(bench, recordings[0])) == {"rois"}
 
 
 def test_a_stock_meta_architecture_does_not_distil(tmp_path, refuses):

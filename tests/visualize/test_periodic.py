@@ -53,7 +53,7 @@ def step(pictures, model, iteration):
 
 
 def test_iterations_without_pictures_have_no_hooks(soft):
-    pictures = PeriodicPictures(soft.subject, period=3)
+    pictures = PeriodicPictures(soft.bench, period=3)
     found = [step(pictures, soft, iteration) for iteration in range(5)]
     assert [hooks for hooks, _ in found] == [2, 0, 0, 2, 0]
     assert [set(drawn) for _, drawn in found] == [
@@ -66,17 +66,17 @@ def test_iterations_without_pictures_have_no_hooks(soft):
 
 
 def test_a_picture_that_fails_is_reported_and_the_run_goes_on(soft, monkeypatch, caplog):
-    def broken(subject, recording):
+    def broken(bench, recording):
         raise RuntimeError("no ink")
 
     monkeypatch.setattr(periodic, "draw", broken)
     with caplog.at_level(logging.ERROR):
-        assert step(PeriodicPictures(soft.subject, period=1), soft, 0)[1] == {}
+        assert step(PeriodicPictures(soft.bench, period=1), soft, 0)[1] == {}
     assert "no ink" in caplog.text
 
 
 def test_a_forward_that_fails_leaves_no_hooks(soft):
-    pictures = PeriodicPictures(soft.subject, period=1)
+    pictures = PeriodicPictures(soft.bench, period=1)
     pictures.begin(0)
     pictures.stop()
     assert not any(m._forward_pre_hooks for m in soft.modules())

@@ -31,12 +31,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_det.core.errors import check_choice, fail
+from kd_det.data.digits import CLASS_NAMES, SPLITS, digits_paths
 from kd_det.data.digits.polygons import mask_to_polygons
 from kd_det.data.digits.scene import Scene
 
 FORMAT_VERSION = 1
-SPLITS = ("train", "val")
-CLASS_NAMES = tuple("0123456789")
 _EXTRA_TRIES = 100
 
 
@@ -218,15 +217,6 @@ def render_image(
         for source, mask in zip(placed, scene.visible, strict=True)
     ]
     return scene.finish(), instances
-
-
-def digits_paths(root: Path) -> dict[str, tuple[Path, Path]]:
-    """``{"digits_train": (json, image_root), "digits_val": ...}`` below ``root``."""
-    root = Path(root)
-    return {
-        f"digits_{split}": (root / "annotations" / f"digits_{split}.json", root / split)
-        for split in SPLITS
-    }
 
 
 def write_digits(

@@ -9,22 +9,17 @@ from kd_det.data.catalogue import data_root
 from kd_det.hosts.classification.data import SOURCES
 from kd_det.hosts.classification.taps import LOGITS
 from kd_det.hosts.classification.teacher import num_classes, teacher_config
-from kd_det.run.class_names import given_names, run_class_map
+from kd_det.run.class_names import run_class_map
 
 
 def class_names(cfg: CfgNode) -> list[str] | None:
     """Names of the classes a config trains on, in the order of the outputs.
 
-    Folders of images have the names of the folders. Data that is not on this machine has none.
+    Folders of images have the names of the folders; unknown where the data is not on this machine.
     """
     if len(cfg.DATASETS.TRAIN) != 1 or cfg.DATASETS.TRAIN[0] not in SOURCES:
         return None
     return SOURCES[cfg.DATASETS.TRAIN[0]].names(data_root())
-
-
-def teacher_class_names(cfg: CfgNode) -> list[str] | None:
-    """Names of the teacher's classes: those ``cfg`` gives, or those of its training data."""
-    return given_names(cfg) or class_names(teacher_config(cfg))
 
 
 def build_class_map(cfg: CfgNode) -> ClassMap | None:

@@ -1,4 +1,4 @@
-"""A run of this host, built to be looked at; see :class:`kd_det.bench.workbench.Workbench`."""
+"""The workbench of this host; see :class:`kd_det.bench.workbench.Workbench`."""
 
 from __future__ import annotations
 
@@ -18,23 +18,14 @@ from torch.utils.data import Subset
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
-from kd_det.bench.looks import (
-    evaluating,
-    export_problems,
-    load_learned,
-    open_pre_stage,
-    training_losses,
-)
-from kd_det.bench.workbench import PixelInput, Side, Workbench, side_model
-from kd_det.core.distiller import Distiller
-from kd_det.core.taps import Tap
-from kd_det.core.teacher import FrozenTeacher
+from kd_det.bench.looks import as_bytes, evaluating, training_losses
+from kd_det.bench.workbench import PixelInput, Side, Workbench, in_this_process, side_model
 from kd_det.hosts.classification.build import (
     build_student,
     build_training_model,
     training_procedures,
 )
-from kd_det.hosts.classification.classes import class_names, teacher_class_names
+from kd_det.hosts.classification.classes import class_names
 from kd_det.hosts.classification.config import check_config, load_config
 from kd_det.hosts.classification.data import ClassificationData, prepared_by
 from kd_det.hosts.classification.export import export_student
@@ -42,89 +33,67 @@ from kd_det.hosts.classification.lit import LitClassifier
 from kd_det.hosts.classification.loaders import evaluation_loader, train_loader
 from kd_det.hosts.classification.model import DistilledClassifier, Statistics
 from kd_det.hosts.classification.teacher import num_classes, teacher_config
-from kd_det.hosts.lightning.hardware import precision
-from kd_det.run.class_names import fitting_names, translated, translation
+from kd_det.hosts.lightning.hardware import one_device
 from kd_det.run.devices import check_devices
 
 _TOP_K = (1, 5)
 
 
-def open_bench(cfg: CfgNode, weights: str = "", distilled: bool = True) -> Workbench:
+def open_bench(
+    cfg: CfgNode, weights: str = "", distilled: bool = True, model: Any = None
+) -> ClassificationWorkbench:
     """See :func:`kd_det.hosts.base.open_bench`."""
+    if model is not None:
+        return ClassificationWorkbench(cfg, model)
     check_config(cfg)
     check_devices(cfg.MODEL.DEVICE, 1)
-    cfg = cfg.clone()
-    cfg.defrost()
-    # Loader processes would take longer to start than a few batches take to load.
-    cfg.DATALOADER.NUM_WORKERS = 0
-    torch.manual_seed(max(cfg.SEED, 0))
+    cfg = in_this_process(cfg)
+    torch.manual_seed(cfg.SEED)
     model = build_training_model(cfg, weights or cfg.MODEL.WEIGHTS, distilled)
-    if weights and model.distiller is not None:
-        load_learned(model.distiller, weights)
-    return ClassificationWorkbench(cfg, model.to(cfg.MODEL.DEVICE))
+    bench = ClassificationWorkbench(cfg, model.to(cfg.MODEL.DEVICE))
+    bench.prepare_losses(weights)
+    return bench
 
 
-class ClassificationWorkbench:
+class ClassificationWorkbench(Workbench):
     """A :class:`DistilledClassifier` with the data of its config.
 
     Args:
         cfg: a config of this host.
-        model: what trains.
+        model: the module that trains.
     """
 
-    box_tap: Tap | None = None
+    entrance = ""
 
     def __init__(self, cfg: CfgNode, model: DistilledClassifier) -> None:
-        self.cfg = cfg
-        self.teacher_cfg: CfgNode | None = None
-        self.model: nn.Module = model
+        teacher_cfg = teacher_config(cfg) if model.teacher is not None else None
+        super().__init__(cfg, model, model.student, model.distiller, model.teacher, teacher_cfg)
         self._classifier = model
-        self.student: nn.Module = model.student
-        self.teacher: FrozenTeacher | None = model.teacher
-        self.distiller: Distiller | None = model.distiller
-        self.pre_stage: list[str] = []
-        if self.teacher is not None:
-            self.teacher_cfg = teacher_config(cfg)
-        if self.distiller is not None:
-            given = cfg.KD.PRE_STAGE.WEIGHTS
-            self.pre_stage = open_pre_stage(self.distiller, self.teacher, given)
         self._test_data: dict[Side, ClassificationData] = {}
-        self._seed = max(cfg.SEED, 0)
-        self._fabric = Fabric(
-            accelerator="cpu" if cfg.MODEL.DEVICE == "cpu" else "cuda",
-            devices=1,
-            precision=precision(cfg),  # type: ignore[arg-type]
-        )
 
     # Training
 
     def batches(self) -> Iterator[Any]:
         """``(images, classes, indices)``."""
-        loader = train_loader(self.cfg, self._training_data, self._seed, rank=0, world=1)
-        return self._epochs(loader)
+        loader: Any = train_loader(self.cfg, self._training_data, self.cfg.SEED, rank=0, world=1)
+        for epoch in itertools.count():
+            loader.sampler.set_epoch(epoch)
+            yield from loader
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
-        images, targets, indices = move_data_to_device(batch, self._device)
-        # Procedures of their own for every look: some count their draws.
-        procedures = training_procedures(self.cfg, self._training_data, self._seed)
+        images, targets, indices = move_data_to_device(batch, self.device)
+        cfg, seed = self.cfg, self.cfg.SEED
+        # New procedures in every call: some count their draws.
+        procedures = training_procedures(cfg, self._training_data, seed)
         with self._fabric.autocast():
             if not len(procedures):
                 return training_losses(self.model, self.distiller, images, targets)
-            lit = LitClassifier(
-                self._classifier,
-                self.cfg,
-                self._seed,
-                None,
-                self._validation("student"),
-                procedures,
-            )
+            data = self._validation("student")
+            lit = LitClassifier(self._classifier, cfg, seed, None, data, procedures)
             return training_losses(_Step(lit), self.distiller, images, targets, indices)
 
-    def sampled_boxes(self, capture: Any) -> list[Tensor]:
-        return []
-
     def pictures(self, batch: Any) -> list[Tensor]:
-        return [(image * 255).round().clamp(0, 255).to(torch.uint8) for image in batch[0]]
+        return [as_bytes(image) for image in batch[0]]
 
     def ground_truth(self, batch: Any) -> Tensor:
         _, targets, _ = batch
@@ -141,7 +110,7 @@ class ClassificationWorkbench:
         total = sum(epochs * math.ceil(images / batch) for epochs, images in periods)
         return min(total, solver.MAX_ITER or total)
 
-    # Validation
+    # Evaluation
 
     def validation_pictures(self, count: int) -> list[Tensor]:
         as_rgb = v2.Compose([v2.ToImage(), v2.RGB(), v2.ToPureTensor()])
@@ -160,7 +129,7 @@ class ClassificationWorkbench:
             for pixels, targets in evaluation_loader(self.cfg, first, rank=0, world=1):
                 logits = self._logits(side, pixels).float().cpu()
                 if side == "teacher":
-                    logits = self._in_students_classes(logits)
+                    logits = self._translated(logits)
                 for metric in metrics.values():
                     metric.update(logits, targets)
         return {"accuracy": {name: 100 * float(m.compute()) for name, m in metrics.items()}}
@@ -168,72 +137,55 @@ class ClassificationWorkbench:
     def predict(self, side: Side, picture: Tensor) -> Tensor:
         return self._logits(side, self._prepared(side, picture))[0].softmax(dim=0)
 
-    # What is there
+    def example(self, side: Side) -> tuple[Any, ...]:
+        return (self._normalized(side, self._prepared(side, self._example_picture)),)
+
+    # Facts
 
     def pixel_input(self, side: Side) -> PixelInput:
-        found = self._statistics(side)
-        return PixelInput("RGB", tuple(found.mean), tuple(found.std), scale=1, divisor=1)
+        statistics = self._statistics(side)
+        return PixelInput("RGB", tuple(statistics.mean), tuple(statistics.std), scale=1, divisor=1)
 
-    def class_names(self, side: Side) -> list[str] | None:
-        if side == "student":
-            return fitting_names(class_names(self.cfg), num_classes(self.cfg))
-        if self.teacher_cfg is None:
-            return None
-        return fitting_names(teacher_class_names(self.cfg), num_classes(self.teacher_cfg))
+    def num_classes(self, side: Side) -> int:
+        return num_classes(self.config(side))
 
-    def example(self, side: Side) -> tuple[Any, ...]:
-        side_model(self, side)
-        return (self._normalized(side, self._prepared(side, self.validation_pictures(1)[0])),)
+    def _data_names(self, cfg: CfgNode) -> list[str] | None:
+        return class_names(cfg)
 
-    def check_export(self) -> list[str]:
-        (example,) = self.example("student")
+    @cached_property
+    def _fabric(self) -> Fabric:
+        return one_device(self.cfg)
 
-        def reload(checkpoint: Path, folder: Path) -> nn.Module:
-            weights, config = export_student(self.cfg, checkpoint, folder)
-            return build_student(load_config(str(config)), str(weights), complete=True)
+    def _reload(self, checkpoint: Path, folder: Path) -> nn.Module:
+        weights, config = export_student(self.cfg, checkpoint, folder)
+        return build_student(load_config(str(config)), str(weights), complete=True)
 
-        def outputs(model: nn.Module) -> dict[str, Tensor]:
-            with evaluating(model):
-                return {"logits": model(example)}
-
-        return export_problems(self.model, self.student, reload, outputs)
-
-    def _config(self, side: Side) -> CfgNode:
-        side_model(self, side)
-        return self.cfg if side == "student" else self.teacher_cfg
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.student.parameters()).device
+    def _outputs(self, model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, Tensor]:
+        with evaluating(model):
+            return {"logits": model(*arguments)}
 
     @cached_property
     def _training_data(self) -> ClassificationData:
         return ClassificationData(self.cfg, training=True)
 
-    @staticmethod
-    def _epochs(loader: Any) -> Iterator[Any]:
-        for epoch in itertools.count():
-            loader.sampler.set_epoch(epoch)
-            yield from loader
-
     def _validation(self, side: Side) -> ClassificationData:
         """The student's test images, prepared as a side expects them."""
         if side not in self._test_data:
-            cfg = self._config(side).clone()
+            cfg = self.config(side).clone()
             cfg.defrost()
             cfg.DATASETS.TEST = self.cfg.DATASETS.TEST
             self._test_data[side] = ClassificationData(cfg, training=False)
         return self._test_data[side]
 
     def _prepared(self, side: Side, picture: Tensor) -> Tensor:
-        return prepared_by(self._config(side), training=False)(picture)[None]
+        return prepared_by(self.config(side), training=False)(picture)[None]
 
     def _statistics(self, side: Side) -> Statistics:
-        cfg = self._config(side)
+        cfg = self.config(side)
         return Statistics(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
 
     def _normalized(self, side: Side, images: Tensor) -> Tensor:
-        return self._statistics(side).normalize(images.to(self._device))
+        return self._statistics(side).normalize(images.to(self.device))
 
     def _logits(self, side: Side, images: Tensor) -> Tensor:
         pixels = self._normalized(side, images)
@@ -242,24 +194,17 @@ class ClassificationWorkbench:
         with evaluating(side_model(self, side)) as model:
             return model(pixels)
 
-    def _in_students_classes(self, logits: Tensor) -> Tensor:
-        """A teacher's logits of the student's classes; no answer for those it does not know."""
-        count = num_classes(self.cfg)
-        places = translated(torch.arange(logits.shape[1]), self._translation, count)
+    def _translated(self, logits: Tensor) -> Tensor:
+        """A teacher's logits of the student's classes; ``-inf`` for those it does not know."""
+        places = self._in_students_classes(torch.arange(logits.shape[1]))
         known = places >= 0
-        found = logits.new_full((len(logits), count), -torch.inf)
-        found[:, places[known]] = logits[:, known]
-        return found
-
-    @cached_property
-    def _translation(self) -> list[int] | None:
-        return translation(
-            self.class_names("student"), self.class_names("teacher"), self.cfg.KD.CLASS_MAP
-        )
+        translated = logits.new_full((len(logits), self.num_classes("student")), -torch.inf)
+        translated[:, places[known]] = logits[:, known]
+        return translated
 
 
 class _Step(nn.Module):
-    """A training forward of a batch as procedures change it, which may move statistics, too."""
+    """A training forward of a batch as procedures change it, which may change statistics, too."""
 
     def __init__(self, lit: LitClassifier) -> None:
         super().__init__()

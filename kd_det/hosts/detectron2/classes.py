@@ -6,11 +6,12 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from kd_det.core.class_map import ClassMap
+from kd_det.data.catalogue import detection_class_names
 from kd_det.data.coco_json import category_names
-from kd_det.hosts.detectron2.datasets import DIGITS, json_entry
+from kd_det.data.digits import DIGITS
 from kd_det.hosts.detectron2.family import FAMILY
 from kd_det.hosts.detectron2.teacher import teacher_config
-from kd_det.run.class_names import given_names, run_class_map
+from kd_det.run.class_names import run_class_map
 
 
 def num_classes(cfg: CfgNode) -> int:
@@ -25,18 +26,14 @@ def num_classes(cfg: CfgNode) -> int:
 def class_names(cfg: CfgNode) -> list[str] | None:
     """Names of the classes a config trains on, in the order of the outputs.
 
-    Nothing is registered or written: data that is not on this machine, and that Detectron2 does
-    not know by heart as it does COCO, has no names.
+    Nothing is registered or written. The names are unknown where the data is not on this machine,
+    except of data sets such as COCO whose names Detectron2 lists itself.
     """
     if not cfg.DATASETS.TRAIN:
         return None
     name = cfg.DATASETS.TRAIN[0]
-    if name in cfg.DATASETS.COCO_JSON:
-        return category_names(name, json_entry(cfg, name)[0])
-    if name in DIGITS:
-        from kd_det.data.digits.detection import CLASS_NAMES
-
-        return list(CLASS_NAMES)
+    if name in cfg.DATASETS.COCO_JSON or name in DIGITS:
+        return detection_class_names(name, cfg.DATASETS.COCO_JSON)
     if name not in DatasetCatalog:
         return None
     meta = MetadataCatalog.get(name)
@@ -44,11 +41,6 @@ def class_names(cfg: CfgNode) -> list[str] | None:
         return list(known)
     json_file = meta.get("json_file")
     return category_names(name, json_file) if json_file else None
-
-
-def teacher_class_names(cfg: CfgNode) -> list[str] | None:
-    """Names of the teacher's classes: those ``cfg`` gives, or those of its training data."""
-    return given_names(cfg) or class_names(teacher_config(cfg))
 
 
 def build_class_map(cfg: CfgNode) -> ClassMap | None:

@@ -1,4 +1,4 @@
-"""Data sets by name: Detectron2's own, any COCO json, and the digits that are always there."""
+"""Data sets in Detectron2's catalogs: its own, any COCO json, and the digits."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.utils import comm
 
 from kd_det.core.errors import check_known, fail
-from kd_det.data.catalogue import data_root
+from kd_det.data.catalogue import (
+    data_root,
+    detection_paths,
+    prepare_detection,
+    require_coco,
+)
 from kd_det.data.coco_json import check_coco_json
-
-DIGITS = ("digits_train", "digits_val")
+from kd_det.data.digits import DIGITS, digits_paths
 
 
 def register_datasets(cfg: CfgNode) -> None:
@@ -24,32 +28,14 @@ def register_datasets(cfg: CfgNode) -> None:
     Raises:
         KDError: an entry is not ``[json, image_root]``, or its name means other data already.
     """
-    digits = data_root() / "digits"
-    for split in ("train", "val"):
-        name, json_file = f"digits_{split}", digits / "annotations" / f"digits_{split}.json"
+    for name, (json_file, images) in digits_paths(data_root() / "digits").items():
         if name in DatasetCatalog and MetadataCatalog.get(name).json_file != str(json_file):
             # DETECTRON2_DATASETS has changed since.
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
-        _register(name, json_file, digits / split)
+        _register(name, json_file, images)
     for name in cfg.DATASETS.COCO_JSON:
-        _register(name, *json_entry(cfg, name))
-
-
-def json_entry(cfg: CfgNode, name: str) -> tuple[Path, Path]:
-    """Annotation file and image folder of an entry of ``DATASETS.COCO_JSON``.
-
-    Raises:
-        KDError: it is not ``[json, image_root]``.
-    """
-    entry = cfg.DATASETS.COCO_JSON[name]
-    if not isinstance(entry, (list, tuple)) or len(entry) != 2:
-        fail(
-            expected=f"DATASETS.COCO_JSON.{name} to be [json, image_root]",
-            received=repr(entry),
-            remedy="give the annotation file and the folder its file_name fields start from",
-        )
-    return Path(entry[0]), Path(entry[1])
+        _register(name, *detection_paths(name, cfg.DATASETS.COCO_JSON))
 
 
 def _register(name: str, json_file: Path, image_root: Path) -> None:
@@ -77,12 +63,12 @@ def prepare_datasets(cfg: CfgNode, names: Iterable[str]) -> None:
         check_known("data set", name, DatasetCatalog.list())
         if comm.is_main_process():
             if name in DIGITS:
-                from kd_det.data.digits.detection import DigitsSpec, write_digits
-
-                write_digits(data_root() / "digits", DigitsSpec())
+                prepare_detection(name, {})
             meta = MetadataCatalog.get(name)
             if getattr(meta, "evaluator_type", None) == "coco":
-                _check_coco(name, meta.json_file, meta.image_root)
+                if name.startswith("coco_") and name not in cfg.DATASETS.COCO_JSON:
+                    require_coco(Path(meta.json_file))
+                check_coco_json(name, meta.json_file, meta.image_root)
     comm.synchronize()
 
 
@@ -95,15 +81,3 @@ def training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
         min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
         proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
-
-
-def _check_coco(name: str, json_file: str, image_root: str) -> None:
-    if name.startswith("coco_") and not Path(json_file).is_file():
-        fail(
-            expected=f"COCO 2017 at $DETECTRON2_DATASETS (now '{data_root()}') as "
-            "coco/annotations/instances_{train,val}2017.json and coco/{train,val}2017/*.jpg",
-            received=f"no file '{json_file}'",
-            remedy="download it from https://cocodataset.org and set DETECTRON2_DATASETS to the "
-            "folder that holds coco/",
-        )
-    check_coco_json(name, json_file, image_root)

@@ -27,7 +27,7 @@ class DrawPictures(HookBase):
     def before_train(self) -> None:
         model = getattr(self.trainer.model, "module", self.trainer.model)  # inside DDP
         if comm.is_main_process():
-            self._pictures = self.make(self.cfg, model, model.distiller)
+            self._pictures = self.make(self.cfg, model)
 
     def before_step(self) -> None:
         if self._pictures is not None:

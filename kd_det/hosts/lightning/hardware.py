@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fvcore.common.config import CfgNode
+from lightning.fabric import Fabric
 
 from kd_det.run.plan import Start
 
@@ -48,6 +49,15 @@ def precision(cfg: CfgNode) -> str:
         logger.warning("SOLVER.AMP.ENABLED: this CPU only emulates bfloat16; training in float32")
         return "32-true"
     return "bf16-mixed"
+
+
+def one_device(cfg: CfgNode) -> Fabric:
+    """Device and precision of a run, for a model that is examined in this process."""
+    return Fabric(
+        accelerator="cpu" if cfg.MODEL.DEVICE == "cpu" else "cuda",
+        devices=1,
+        precision=precision(cfg),  # type: ignore[arg-type]
+    )
 
 
 def computes_in_bfloat16() -> bool:

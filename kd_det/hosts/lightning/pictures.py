@@ -26,9 +26,8 @@ class DrawPictures(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model: Any = pl_module.model
-        distiller = getattr(model, "distiller", None)
-        if trainer.is_global_zero and distiller is not None:
-            self._pictures = self.make(self.cfg, model.student, distiller)
+        if trainer.is_global_zero and getattr(model, "distiller", None) is not None:
+            self._pictures = self.make(self.cfg, model)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

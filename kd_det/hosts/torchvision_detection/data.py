@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Mask
 
-from kd_det.core.errors import fail, nearest
+from kd_det.core.errors import fail
+from kd_det.data.catalogue import prepare_detection
 from kd_det.data.coco_json import check_coco_json
 from kd_det.hosts.torchvision_detection.models import num_classes
 from kd_det.procedures.base import ImageChange, PeriodLoader, Procedures
@@ -28,11 +28,6 @@ from kd_det.procedures.base import ImageChange, PeriodLoader, Procedures
 Sample = tuple[Tensor, dict[str, Any]]
 
 _CACHE_BYTES = 512 * 2**20
-_COCO_SPLITS = {
-    "coco_2017_train": ("coco/annotations/instances_train2017.json", "coco/train2017"),
-    "coco_2017_val": ("coco/annotations/instances_val2017.json", "coco/val2017"),
-}
-DIGITS = ("digits_train", "digits_val")
 
 
 class CocoDataset(Dataset[Sample]):
@@ -172,43 +167,6 @@ class StepSampler(Sampler[int]):
             yield order[position % self.length]
 
 
-def dataset_paths(cfg: CfgNode, name: str) -> tuple[Path, Path]:
-    """Annotation file and image folder of a data set name.
-
-    The digits are written on their first use; Detectron2's ``DETECTRON2_DATASETS`` (default
-    ``datasets``) is the folder of the built-in names.
-
-    Raises:
-        KDError: an unknown name.
-    """
-    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
-    if name in cfg.DATASETS.COCO_JSON:
-        entry = cfg.DATASETS.COCO_JSON[name]
-        if not isinstance(entry, (list, tuple)) or len(entry) != 2:
-            fail(
-                expected=f"DATASETS.COCO_JSON.{name} to be [json, image_root]",
-                received=repr(entry),
-                remedy="give the annotation file and the folder of the images",
-            )
-        return Path(entry[0]), Path(entry[1])
-    if name in DIGITS:
-        from kd_det.data.digits.detection import write_digits
-
-        return write_digits(root / "digits")[name]
-    if name in _COCO_SPLITS:
-        json_file, images = (root / part for part in _COCO_SPLITS[name])
-        if not json_file.is_file():
-            fail(
-                expected=f"COCO 2017 as {json_file} and {images}/",
-                received="no such file",
-                remedy="download it from cocodataset.org, or point DETECTRON2_DATASETS at the "
-                "folder that holds coco/",
-            )
-        return json_file, images
-    known = [*DIGITS, *_COCO_SPLITS, *cfg.DATASETS.COCO_JSON]
-    fail(expected="a known data set", received=f"'{name}'", remedy=nearest(name, known))
-
-
 def check_datasets(cfg: CfgNode, training: bool = True) -> None:
     """Refuse data that would fail or mislead, before anything is trained.
 
@@ -228,7 +186,7 @@ def check_datasets(cfg: CfgNode, training: bool = True) -> None:
                 remedy='write for example ("digits_train",); several can be merged into one json',
             )
         name = cfg.DATASETS[key][0]
-        found = check_coco_json(name, *dataset_paths(cfg, name))
+        found = check_coco_json(name, *prepare_detection(name, cfg.DATASETS.COCO_JSON))
         if len(found["categories"]) != num_classes(cfg):
             dense = cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "FCOS")
             node = "RETINANET" if dense else "ROI_HEADS"
@@ -248,7 +206,7 @@ def check_datasets(cfg: CfgNode, training: bool = True) -> None:
 def train_dataset(cfg: CfgNode) -> CocoDataset:
     """The training images with the config's augmentation."""
     return CocoDataset(
-        *dataset_paths(cfg, cfg.DATASETS.TRAIN[0]),
+        *prepare_detection(cfg.DATASETS.TRAIN[0], cfg.DATASETS.COCO_JSON),
         masks=cfg.MODEL.META_ARCHITECTURE == "MaskRCNN",
         training=True,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
@@ -298,7 +256,7 @@ def train_loader(
 def evaluation_loader(cfg: CfgNode, rank: int = 0, world: int = 1) -> DataLoader[Sample]:
     """The test images once; each process has its own, none twice."""
     dataset = CocoDataset(
-        *dataset_paths(cfg, cfg.DATASETS.TEST[0]),
+        *prepare_detection(cfg.DATASETS.TEST[0], cfg.DATASETS.COCO_JSON),
         masks=cfg.MODEL.META_ARCHITECTURE == "MaskRCNN",
     )
     batch = max(1, cfg.SOLVER.IMS_PER_BATCH // world)

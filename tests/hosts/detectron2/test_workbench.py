@@ -15,10 +15,10 @@ from torch import nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from kd_det.bench.workbench import Detections
-from kd_det.core.taps import TapRecorder
 from kd_det.data.digits.detection import DigitsSpec, write_digits
 from kd_det.hosts.base import open_bench
 from kd_det.hosts.detectron2.config import load_config
+from kd_det.visualize.watch import watching
 from tests.hosts import workbench_contract as contract
 from tests.hosts.detectron2.models import ARCHITECTURES, all_terms, write_teacher
 
@@ -165,11 +165,10 @@ def test_the_box_tap_delivers_the_sampled_boxes(config, arch):
     if arch == "retinanet":
         assert bench.box_tap is None
         return
-    recorder = TapRecorder(bench.student, {"boxes": bench.box_tap})
     batch = next(bench.batches())
-    with recorder.recording():
+    with watching(bench, 1) as recordings:
         bench.losses(batch)
-    boxes = bench.sampled_boxes(recorder.read()["boxes"])
+    boxes = recordings[0].boxes[0]  # of the first cascade stage
     assert [x.shape[1] for x in boxes] == [4] * len(batch)
     assert sum(map(len, boxes)) == bench.cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE * len(batch)
 

@@ -15,7 +15,6 @@ from kd_det.data.subset_json import write_subset
 from kd_det.hosts.torchvision_detection.classes import (
     build_class_map,
     class_names,
-    teacher_class_names,
 )
 from kd_det.hosts.torchvision_detection.config import load_config
 from kd_det.hosts.torchvision_detection.model import DistilledDetector
@@ -203,7 +202,7 @@ def permuted(digits, tmp_path):
 def test_a_run_maps_the_names_of_its_data(permuted, tmp_path):
     cfg = load_config(BASELINE, permuted)
     assert class_names(cfg) == STUDENT
-    assert teacher_class_names(cfg) == TEACHER
+    assert class_names(teacher_config(cfg)) == TEACHER
     model = build_training_model(cfg)
     assert model.class_map is not None
     assert model.class_map.indices == (7, 0, 5, 3)
@@ -227,7 +226,7 @@ def test_features_of_a_teacher_of_other_classes_need_no_map(permuted):
 def test_names_of_absent_data_can_be_given(permuted, refuses, tmp_path):
     (tmp_path / "ten.json").unlink()
     cfg = load_config(BASELINE, permuted)
-    assert teacher_class_names(cfg) is None
+    assert class_names(teacher_config(cfg)) is None
     with refuses("student 4 classes, teacher 10 classes", "'ten' is not at hand", "CLASS_NAMES"):
         build_training_model(cfg)
     given = load_config(BASELINE, [*permuted, "KD.TEACHER.CLASS_NAMES", str(TEACHER)])

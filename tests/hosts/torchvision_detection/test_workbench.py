@@ -12,10 +12,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from kd_det.bench.workbench import Detections
 from kd_det.core.errors import KDError
-from kd_det.core.taps import TapRecorder
 from kd_det.hosts.base import open_bench
 from kd_det.hosts.torchvision_detection.train import run
 from kd_det.run.plan import Start
+from kd_det.visualize.watch import watching
 from tests.hosts import workbench_contract as contract
 
 
@@ -132,11 +132,10 @@ def test_each_side_has_its_own_pixels_and_test_size(digits_config, tmp_path):
 
 
 def test_the_box_tap_delivers_the_sampled_boxes(bench):
-    recorder = TapRecorder(bench.student, {"boxes": bench.box_tap})
     batch = next(bench.batches())
-    with recorder.recording():
+    with watching(bench, 1) as recordings:
         bench.losses(batch)
-    boxes = bench.sampled_boxes(recorder.read()["boxes"])
+    (boxes,) = recordings[0].boxes
     assert [x.shape[1] for x in boxes] == [4] * len(batch[0])
     assert sum(map(len, boxes)) == bench.cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE * len(batch[0])
 
