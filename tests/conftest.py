@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -58,3 +59,25 @@ def refuses():
             assert part in message, message
 
     return check
+
+
+@pytest.fixture
+def opened():
+    """The paths of all files that are opened in this process during a test, in order."""
+    if not _AUDITED:
+        sys.addaudithook(lambda event, args: event == "open" and _note(str(args[0])))
+        _AUDITED.append(True)
+    paths: list[str] = []
+    _WATCHED.append(paths)
+    yield paths
+    _WATCHED.remove(paths)
+
+
+# An audit hook cannot be removed.
+_AUDITED: list[bool] = []
+_WATCHED: list[list[str]] = []
+
+
+def _note(path: str) -> None:
+    for paths in _WATCHED:
+        paths.append(path)

@@ -10,9 +10,12 @@ from fvcore.common.config import CfgNode
 
 from kd_det.balance import build_balance
 from kd_det.core.errors import KDError, check_choice, check_known, fail, nearest
+from kd_det.core.registry import LOSSES, SCHEDULES
 from kd_det.core.terms import Term, parse_terms
 from kd_det.procedures.base import add_procedures, refuse_unsupported
 from kd_det.run.yaml_files import ConfigFile, merge_file
+
+_PARSED: dict[tuple[Any, ...], tuple[Term, ...]] = {}
 
 _OPEN_NODES = ("KD.TERMS.", "KD.CLASS_MAP.", "KD.BALANCE.SHARES.", "DATASETS.COCO_JSON.")
 
@@ -111,13 +114,20 @@ def merge_config(cfg: CfgNode, config: str | ConfigFile, opts: Sequence[str] = (
     return cfg
 
 
-def read_terms(cfg: CfgNode) -> list[Term]:
-    """The parsed ``KD.TERMS`` that are active; every name, type and schedule is checked."""
-    terms = parse_terms(_plain(cfg.KD.TERMS))
-    active = list(cfg.KD.ACTIVE_TERMS)
-    for name in active:
-        check_known("term in KD.ACTIVE_TERMS", name, [term.name for term in terms])
-    return [term for term in terms if not active or term.name in active]
+def read_terms(cfg: CfgNode) -> tuple[Term, ...]:
+    """The parsed ``KD.TERMS`` that are active; every name, type and schedule is checked.
+
+    They are parsed once: equal nodes have the same terms, as long as no loss is registered anew.
+    """
+    terms, active = _plain(cfg.KD.TERMS), list(cfg.KD.ACTIVE_TERMS)
+    # Detectron2 builds its models from the config alone, so terms cannot be handed on beside it.
+    key = (repr((terms, active)), *LOSSES, *SCHEDULES)
+    if key not in _PARSED:
+        parsed = parse_terms(terms)
+        for name in active:
+            check_known("term in KD.ACTIVE_TERMS", name, [term.name for term in parsed])
+        _PARSED[key] = tuple(t for t in parsed if not active or t.name in active)
+    return _PARSED[key]
 
 
 def without_distillation(cfg: CfgNode) -> CfgNode:

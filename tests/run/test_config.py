@@ -44,7 +44,7 @@ def test_defaults_distil_nothing_and_refuse_a_random_teacher(cfg):
     assert cfg.KD.ENABLED is True
     teacher = {"CONFIG_FILE": "", "WEIGHTS": "", "ALLOW_RANDOM": False}
     assert cfg.KD.TEACHER == {**teacher, "CLASS_NAMES": [], "MIN_AP": 0.0}
-    assert read_terms(cfg) == []
+    assert read_terms(cfg) == ()
 
 
 def test_keys_of_a_host_are_kept(cfg):

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: Detectron2's own writers, with the tags that all hosts share.
+"""Writers of a run's numbers: Detectron2's own, with the tags that all hosts share.
 
 ``metrics.json`` keeps the names a loss is logged under; TensorBoard and the services of ``LOGGERS``
 show :func:`kd_det.run.curves.curve_tag` of them.
@@ -82,7 +82,7 @@ class LoggerWriter(EventWriter):
     """Hands the scalars of a run, smoothed as Detectron2 does, to one of Lightning's loggers.
 
     Args:
-        logger: it is told at the end whether the run came to its end.
+        logger: it is finalized with whether the run came to its end.
         max_iter: iterations of the run.
         tag: of its scalars.
         window: iterations over which a noisy scalar's median is taken; Detectron2's own 20.
@@ -114,7 +114,7 @@ class LoggerWriter(EventWriter):
 
 
 class RecordMetrics(HookBase):
-    """Puts what a distiller reports besides its losses, and the peak of memory, into the storage.
+    """Puts the metrics of a distiller and the peak of memory into the storage.
 
     Must come before the hook that writes. Reading a number back from a GPU makes the host wait:
     that is done once before each writing, for all iterations since the last.

@@ -1,4 +1,4 @@
-"""``log.txt``: what the package says during a run, from its first check on."""
+"""``log.txt``: the messages of a run, from its first check on."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class RunLog:
             logger.setLevel(level)
 
     def write_to(self, path: Path | None) -> None:
-        """From now on, and with all that was said so far, write to the end of a file.
+        """Write all messages so far, and those that follow, to the end of a file.
 
         Args:
             path: the file; None, on processes other than the first, to collect no more.

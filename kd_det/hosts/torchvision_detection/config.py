@@ -1,7 +1,7 @@
 """Config keys of the torchvision host: Detectron2's names for the same concepts.
 
-Where torchvision has no such concept the key does not exist; where Detectron2 has none, the
-comment says so.
+Where torchvision has no such concept the key does not exist. Concepts that Detectron2 lacks have a
+comment.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def build_training_model(cfg: CfgNode, weights: str = "", distilled: bool = True
     Args:
         cfg: a config of this host.
         weights: the student's start.
-        distilled: False leaves the teacher out whatever the config says, as evaluation does.
+        distilled: False leaves the teacher out even where ``KD.ENABLED``, as evaluation does.
     """
     student = build_model(cfg)
     if weights:

@@ -12,6 +12,7 @@ from kd_det.core.errors import KDError
 from kd_det.hosts.classification.config import load_config
 from kd_det.hosts.classification.train import run
 from kd_det.procedures import PROCEDURES
+from kd_det.run.plan import Start
 from tests.hosts.classification.test_train import SOFT, interrupted, same, weights
 from tests.procedures.toy import Halve
 
@@ -41,7 +42,7 @@ def test_a_new_procedure_takes_one_object_and_one_config(config, tmp_path, monke
     assert same(weights(cfg), weights(again))
     without = load_config(str(tmp_path / "base.yaml"), ["OUTPUT_DIR", str(output)])
     with pytest.raises(KDError, match=r"KD\.HALVE\.ENABLED as it began; received False now, True"):
-        run(without, resume=True)
+        run(without, Start(resume=True))
 
 
 @pytest.mark.parametrize(("node", "old"), [("KCD", "condensation"), ("UNIX", "unix")])
@@ -64,5 +65,5 @@ def test_a_checkpoint_of_a_former_version_is_resumed(config, node, old):
     checkpoint[old] = state
     torch.save(checkpoint, path)
     resumed = config("old", KD=kd, SOLVER=more)
-    assert run(resumed, resume=True) == expected
+    assert run(resumed, Start(resume=True)) == expected
     assert same(weights(whole), weights(resumed))

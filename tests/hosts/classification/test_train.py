@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from kd_det.app import train as cli
 from kd_det.hosts.classification.build import build_training_model
 from kd_det.hosts.classification.config import load_config
 from kd_det.hosts.classification.data import ClassificationData
@@ -20,6 +21,7 @@ from kd_det.hosts.classification.lit import LitClassifier
 from kd_det.hosts.classification.loaders import train_loader
 from kd_det.hosts.classification.models import build_classifier
 from kd_det.hosts.classification.train import run
+from kd_det.run import config as run_config
 from kd_det.run.plan import Start, read_plan, run_plan
 
 SOFT = {"soft": {"LOSS": "KD", "WEIGHT": 0.9, "TAPS": ["logits"], "TEMPERATURE": 4.0}}
@@ -224,6 +226,22 @@ def staged(cfg, tmp_path, resume=False, stop=None):
         return run(own, start, callbacks=[stop] if stop and second else [])
 
     return run_plan(run_stage, plan, start)
+
+
+@pytest.mark.parametrize("stages", ["STAGES: []\n", STAGED], ids=["plain", "stages"])
+def test_a_run_reads_its_config_file_once_and_parses_its_terms_once(
+    config, stages, tmp_path, opened, monkeypatch
+):
+    calls = []
+    monkeypatch.setattr(run_config, "_PARSED", {})
+    parse = run_config.parse_terms
+    monkeypatch.setattr(run_config, "parse_terms", lambda t: calls.append(t) or parse(t))
+    path = tmp_path / "run.yaml"
+    path.write_text(config(KD={"TERMS": FLOW}).dump().replace("STAGES: []\n", stages))
+    opened.clear()
+    assert cli.main(["--config-file", str(path)]) == 0
+    assert opened.count(str(path)) == 1
+    assert len([terms for terms in calls if terms]) == 1  # a teacher has none
 
 
 def test_two_stages_killed_in_the_second_end_as_uninterrupted_ones(config, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from kd_det.app import train as cli
 from kd_det.core.checkpoint import read_weights
 from kd_det.data.digits.detection import DigitsSpec, write_digits
 from kd_det.hosts.detectron2.config import load_config
+from kd_det.hosts.detectron2.train import check_run
+from kd_det.run.plan import Start
 from tests.hosts.detectron2.models import write_teacher
 
 pytestmark = pytest.mark.detectron2
@@ -89,7 +92,7 @@ def curves(folder: Path) -> dict[str, list[float]]:
 
 @pytest.mark.usefixtures("own_loggers")
 def test_fsp_trains_the_flow_and_then_the_task_and_resumes_in_its_second_stage(
-    options, tmp_path, capfd
+    options, tmp_path, capfd, opened
 ):
     config, output = CONFIG.with_name("fsp_frcnn.yaml"), tmp_path / "out"
     flow = {"NAME": "flow", "TERMS": ["flow"], "TASK": False}
@@ -97,6 +100,7 @@ def test_fsp_trains_the_flow_and_then_the_task_and_resumes_in_its_second_stage(
     stages = repr([flow, {"NAME": "task", "TERMS": []}])
     command = ["--config-file", str(config), *options, "STAGES", stages, "OUTPUT_DIR", str(output)]
     assert cli.main(command) == 0
+    assert opened.count(str(config)) == 1
     first, second = output / "stage_1_flow", output / "stage_2_task"
     assert curves(first)["flow"][-1] > 0
     assert set(curves(first)["loss_cls"]) == {0}
@@ -181,6 +185,7 @@ def test_two_cpu_processes_keep_one_ledger(options, tmp_path):
     [
         (["KD.TEACHER.WEIGHTS", "nowhere.pth"], "nowhere.pth"),
         (["KD.TEACHER.CONFIG_FILE", "nowhere.yaml"], "nowhere.yaml"),
+        (["MODEL.WEIGHTS", "nowhere.pth"], "expected MODEL.WEIGHTS to be a file"),
         (["KD.TERMS.review.LOSS", "ReviewDK"], "did you mean 'ReviewKD'"),
         (["KD.TERMS.review.MID_CHANEL", "8"], "did you mean 'mid_channels'"),
         (["KD.TERMS.review.TAPS", "['p2','p9']"], "p9"),
@@ -215,6 +220,23 @@ def test_more_gpus_than_there_are_is_refused(options, tmp_path, capfd):
     arguments = ["--config-file", str(CONFIG), "--num-gpus", "99", *options]
     assert cli.main([*arguments, "OUTPUT_DIR", str(tmp_path)]) == 2
     assert "--num-gpus 99" in capfd.readouterr().err
+
+
+def test_missing_weights_are_refused_unless_a_checkpoint_is_resumed(options, tmp_path, refuses):
+    opts = [*options, "MODEL.WEIGHTS", "nowhere.pth", "OUTPUT_DIR", str(tmp_path)]
+    cfg = load_config(str(CONFIG), opts)
+    for start in (Start(), Start(resume=True), Start(eval_only=True)):
+        with refuses("MODEL.WEIGHTS", "'nowhere.pth', where no file is"):
+            check_run(cfg, start)
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    check_run(cfg, Start(resume=True))
+
+
+def test_what_a_run_hands_to_new_processes_can_be_pickled(options):
+    cfg = load_config(str(CONFIG), options)
+    copies = pickle.loads(pickle.dumps((cfg, Start(num_gpus=2), cli.make_pictures)))
+    assert copies == (cfg, Start(num_gpus=2), cli.make_pictures)
+    assert copies[0].is_frozen()
 
 
 def test_an_override_may_set_an_argument_the_file_leaves_out(options):

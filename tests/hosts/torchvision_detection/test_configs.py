@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 
+from kd_det.app import train as cli
 from kd_det.core.checkpoint import strip_distiller
 from kd_det.hosts.torchvision_detection.config import load_config
 from kd_det.hosts.torchvision_detection.export import export_student
 from kd_det.hosts.torchvision_detection.models import build_model
 from kd_det.hosts.torchvision_detection.train import run
-from kd_det.run.plan import NEW, read_plan, run_plan
 
 QUICK = ["SOLVER.MAX_ITER", "2", "KD.PRE_STAGE.MAX_ITER", "2", "DATASETS.TEST", "()"]
 
@@ -37,15 +37,16 @@ def test_a_config_trains_checkpoints_and_exports_the_stock_student(method, digit
     stock.load_state_dict(torch.load(weights), strict=True)
 
 
-def test_the_flow_is_trained_alone_and_then_the_task(options, tmp_path):
+def test_the_flow_is_trained_alone_and_then_the_task(options, tmp_path, opened):
     file = "configs/digits_torchvision/fsp_frcnn.yaml"
     stages = load_config(file).STAGES
     for stage in stages:
         stage["OVERRIDES"] = {**stage.get("OVERRIDES", {}), "SOLVER.MAX_ITER": 2}
     opts = [*options, "DATASETS.TEST", "()", "KD.TEACHER.WEIGHTS", ""]
     opts += ["KD.TEACHER.ALLOW_RANDOM", "True", "STAGES", repr([dict(s) for s in stages])]
-    plan = read_plan(file, opts)
-    run_plan(lambda own: run(load_config(plan.file, own)), plan, NEW)
+    opened.clear()
+    assert cli.main(["--config-file", file, *opts]) == 0
+    assert opened.count(file) == 1
     first, second = (
         [json.loads(line) for line in (tmp_path / "run" / name / "metrics.json").open()]
         for name in ("stage_1_flow", "stage_2_task")
