@@ -1,1 +1,1 @@
-"""Data that is always there, and the checks every data set passes before training."""
+"""Data sets: look-up by name, checks before training, and the digits, which need no download."""

@@ -1,1 +1,1 @@
-"""Everything that knows a framework: one folder per host. A host imports the core only."""
+"""Hosts: models, data and trainer of one framework per folder, behind the contract in ``base``."""

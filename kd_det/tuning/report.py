@@ -98,6 +98,7 @@ def _panel(axes: Axes, sweep: Sweep) -> None:
     points = sorted(sweep.finished, key=lambda point: point.value)
     x, y = [point.value for point in points], [point.mean for point in points]
     deviations = [point.deviation or 0.0 for point in points]
+    axes.margins(x=0.1, y=0.1)
     axes.errorbar(x, y, yerr=deviations, marker="o", color="tab:blue", capsize=3)
     axes.plot(sweep.best.value, sweep.best.mean, "*", color="tab:orange", markersize=15, zorder=3)
     bottom = axes.get_xaxis_transform()
@@ -109,7 +110,6 @@ def _panel(axes: Axes, sweep: Sweep) -> None:
     if len(values) <= _MOST_TICKS:
         axes.set_xticks(values, [f"{value:g}" for value in values])
         axes.set_xticks([], minor=True)
-    axes.margins(x=0.1, y=0.1)
     axes.grid(alpha=0.3)
 
 

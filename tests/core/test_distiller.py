@@ -268,3 +268,14 @@ def test_adaptors_bridge_the_sizes_that_were_recorded(randn):
     ).double()
     adapted = distiller.terms["x"].adaptors[0](student["m"])
     torch.testing.assert_close(distiller(student, teacher)["x"], hint_loss(adapted, teacher["m"]))
+
+
+def test_full_weights_leave_schedules_out_and_put_them_back(taps):
+    distiller = build({"x": kd(WEIGHT=3.0, SCHEDULE={"NAME": "delay", "ITERS": 9})})
+    with distiller.full_weights():
+        loss = distiller(*taps)["x"]
+        assert distiller.metrics["weight/x"] == 3.0
+    torch.testing.assert_close(loss, 3 * kd_loss(taps[0]["logits"], taps[1]["logits"]))
+    assert distiller(*taps)["x"] == 0
+    assert distiller.metrics["weight/x"] == 0
+    assert int(distiller.step) == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kd_det.tuning import Point, Sweep
-from kd_det.tuning.report import table, verdict
+from kd_det.tuning.report import _panel, plt, table, verdict
 
 
 def sweep(*points):
@@ -36,3 +36,14 @@ def test_failures_stand_in_the_table_with_their_reason():
     text = table([failed], "bbox/AP", [1])
     assert "| 9 | failed |" in text
     assert "9 failed: it diverged" in text
+
+
+def test_a_failed_value_at_the_edge_is_inside_the_plot():
+    points = (Point(0.1, (1.0, 2.0)), Point(1.0, (3.0, 2.5)), Point(10.0, failure="diverged"))
+    figure, axes = plt.subplots()
+    _panel(axes, Sweep("k", points))
+    low, high = axes.get_xlim()
+    assert low <= 0.1
+    assert high >= 10
+    assert [text.get_text() for text in axes.texts] == ["failed"]
+    plt.close(figure)
