@@ -13,13 +13,12 @@ Example:
     ...     def on_batch(self, batch, loop):
     ...         return loop.select(batch, range(0, loop.size(batch), 2))
 
-A config turns it on with ``KD.HALVE.ENABLED: True`` on every host.
+``KD.HALVE.ENABLED: True`` turns it on in the config of every host.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 from kd_det.core.distiller import Distiller
 from kd_det.core.errors import fail
@@ -51,8 +50,6 @@ Read = Callable[[int], Tensor]
 # ``(index, read)`` to the image in place of ``read(index)``, before augmentation; None leaves it.
 # Loader processes get a copy.
 ImageChange = Callable[[int, Read], "Tensor | None"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ class TrainingLoop:
         raise NotImplementedError
 
     def select(self, batch: Any, rows: Sequence[int]) -> Any:
-        """The batch of these images only."""
+        """The batch of the images in these rows."""
         raise NotImplementedError
 
     def indices(self, batch: Any) -> Tensor:
@@ -151,10 +148,8 @@ class Procedure:
     reads_uncertainties: ClassVar[bool] = False
     old_names: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, cfg: CfgNode, training_set: TrainingSet) -> None:
+    def __init__(self, cfg: Any, training_set: TrainingSet) -> None:
         """Build the procedure of a run; raises KDError for values that do not fit."""
-
-    # Before the run
 
     @classmethod
     def is_on(cls, cfg: CfgNode) -> bool:
@@ -177,8 +172,6 @@ class Procedure:
         """Train or load what the losses need; True if something was done. On every process."""
         return False
 
-    # The plan
-
     def planned_config(self, cfg: CfgNode) -> CfgNode:
         """The config whose ``SOLVER`` has the iterations that the run really takes."""
         return cfg
@@ -186,8 +179,6 @@ class Procedure:
     def periods(self, length: int, images: int) -> list[tuple[int, int]]:
         """``(epochs or iterations, images)`` of each part of the run."""
         return [(length, images)]
-
-    # Batches
 
     @property
     def current_period(self) -> int:
@@ -221,8 +212,6 @@ class Procedure:
     def on_epoch_end(self) -> None:
         """After an epoch, on every process, before a checkpoint."""
 
-    # State and report
-
     def synchronize(self) -> None:
         """Exchange what ranks have seen; on every process before :meth:`state_dict`."""
 
@@ -243,6 +232,9 @@ class Procedure:
         """
         return None
 
+
+_NO_IMAGES = TrainingSet(0)
+_NOTHING = Procedure(None, _NO_IMAGES)
 
 PROCEDURES: dict[str, type[Procedure]] = {}
 """Every procedure by its name; their hooks are called in this order."""
@@ -321,74 +313,36 @@ def before_run(run: BeforeRun) -> bool:
     return any(done)
 
 
-class Procedures:
-    """The procedures of a run during its training, in order.
+class Procedures(tuple[Procedure, ...]):
+    """The procedures of a run during its training, in order; see :func:`build_procedures`.
 
-    Args:
-        members: see :func:`build_procedures`.
+    Attributes:
+        chooser: the one that chooses the images, or a procedure that changes nothing.
     """
 
-    def __init__(self, members: Iterable[Procedure] = ()) -> None:
-        self._members = tuple(members)
-
-    def __iter__(self) -> Iterator[Procedure]:
-        return iter(self._members)
-
-    def __len__(self) -> int:
-        return len(self._members)
-
     @property
-    def _choosing(self) -> Procedure | None:
-        return next((p for p in self if p.chooses_images), None)
+    def chooser(self) -> Procedure:
+        return next((procedure for procedure in self if procedure.chooses_images), _NOTHING)
 
     def planned_config(self, cfg: CfgNode) -> CfgNode:
-        """See :meth:`Procedure.planned_config`."""
         for procedure in self:
             cfg = procedure.planned_config(cfg)
         return cfg
 
-    def periods(self, length: int, images: int) -> list[tuple[int, int]]:
-        """See :meth:`Procedure.periods`."""
-        return self._choosing.periods(length, images) if self._choosing else [(length, images)]
-
-    @property
-    def current_period(self) -> int:
-        """See :attr:`Procedure.current_period`."""
-        return self._choosing.current_period if self._choosing else 0
-
-    def sampler(
-        self, seed: int, rank: int, world: int, groups: Tensor | None = None
-    ) -> Sampler[int] | None:
-        """See :meth:`Procedure.sampler`."""
-        return self._choosing.sampler(seed, rank, world, groups) if self._choosing else None
-
-    def image_change(self) -> ImageChange | None:
-        """See :meth:`Procedure.image_change`."""
-        return self._choosing.image_change() if self._choosing else None
-
     def on_batch(self, batch: Any, loop: TrainingLoop) -> Any:
-        """See :meth:`Procedure.on_batch`."""
         for procedure in self:
             batch = procedure.on_batch(batch, loop)
         return batch
 
     def on_step(self, batch: Any, loop: TrainingLoop) -> None:
-        """See :meth:`Procedure.on_step`."""
         for procedure in self:
             procedure.on_step(batch, loop)
 
-    def on_epoch_end(self) -> None:
-        """See :meth:`Procedure.on_epoch_end`."""
-        for procedure in self:
-            procedure.on_epoch_end()
-
     def synchronize(self) -> None:
-        """See :meth:`Procedure.synchronize`."""
         for procedure in self:
             procedure.synchronize()
 
     def scalars(self) -> dict[str, float]:
-        """See :meth:`Procedure.scalars`."""
         return {name: value for p in self for name, value in p.scalars().items()}
 
     def costs(self, loop: TrainingLoop) -> dict[str, float]:
@@ -443,8 +397,40 @@ def build_procedures(cfg: CfgNode, training_set: Callable[[], TrainingSet]) -> P
         KDError: values that do not fit.
     """
     kinds = [procedure for procedure in active_procedures(cfg) if procedure.in_training]
-    facts = training_set() if kinds else TrainingSet(0)
+    facts = training_set() if kinds else _NO_IMAGES
     return Procedures(procedure(cfg, facts) for procedure in kinds)
+
+
+class ChangedImages(Dataset[tuple[Any, Any, int]]):
+    """A data set whose images a procedure changes at the moment they are read.
+
+    Images are changed before random augmentation, and never stored. Indices are those of the whole
+    data set and are returned with each item.
+
+    Args:
+        dataset: ``(image, target)`` by index, with floating images ``[C, H, W]`` that are not yet
+            augmented.
+        change: see :data:`ImageChange`; None changes nothing.
+        transform: random augmentation of the changed image.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        change: ImageChange | None = None,
+        transform: Callable[[Tensor], Any] | None = None,
+    ) -> None:
+        self.dataset, self.change, self.transform = dataset, change, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any, int]:
+        image, target = self.dataset[index]
+        if self.change is not None:
+            changed = self.change(index, lambda i: image if i == index else self.dataset[i][0])
+            image = image if changed is None else changed
+        return image if self.transform is None else self.transform(image), target, index
 
 
 class PeriodLoader:
@@ -465,9 +451,10 @@ class PeriodLoader:
         return self.length
 
     def __iter__(self) -> Iterator[Any]:
+        chooser = self.procedures.chooser
         while True:
-            period = self.procedures.current_period
+            period = chooser.current_period
             for batch in self.loader:
                 yield batch
-                if self.procedures.current_period != period:
+                if chooser.current_period != period:
                     break

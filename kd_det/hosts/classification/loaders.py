@@ -13,28 +13,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from kd_det.core.errors import fail
 from kd_det.core.seeds import keyed_generator
 from kd_det.hosts.classification.data import ClassificationData, augmentation
-from kd_det.procedures.base import ImageChange, Procedures
+from kd_det.procedures.base import ChangedImages, Procedures
 
 Item = tuple[Tensor, int, int]
-
-
-class TrainingItems(Dataset):
-    """``(image, class, index)`` by index, changed by a procedure and randomly augmented."""
-
-    def __init__(self, data: ClassificationData, cfg: CfgNode, change: ImageChange | None) -> None:
-        self.data = data
-        self.transform = augmentation(cfg)
-        self._change = change
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> Item:
-        image, target = self.data[index]
-        if self._change is not None:
-            changed = self._change(index, lambda i: image if i == index else self.data[i][0])
-            image = image if changed is None else changed
-        return self.transform(image), target, index
 
 
 class SeededItems(Dataset):
@@ -94,11 +75,12 @@ def train_loader(
         procedures: of the run; one may choose the images.
     """
     procedures = procedures or Procedures()
-    sampler = procedures.sampler(seed, rank, world)
+    sampler = procedures.chooser.sampler(seed, rank, world)
     if sampler is None:
         sampler = DistributedSampler(data, world, rank, shuffle=True, seed=seed)
+    items = ChangedImages(data, procedures.chooser.image_change(), augmentation(cfg))
     return DataLoader(
-        SeededItems(TrainingItems(data, cfg, procedures.image_change()), seed),
+        SeededItems(items, seed),
         batch_size=per_process(cfg, world),
         sampler=EpochSampler(sampler),
         num_workers=cfg.DATALOADER.NUM_WORKERS,

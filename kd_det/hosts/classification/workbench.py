@@ -105,7 +105,7 @@ class ClassificationWorkbench(Workbench):
 
     def iterations(self) -> int:
         solver, data = self.cfg.SOLVER, self._training_data
-        periods = training_procedures(self.cfg, data).periods(solver.MAX_EPOCH, len(data))
+        periods = training_procedures(self.cfg, data).chooser.periods(solver.MAX_EPOCH, len(data))
         batch = solver.IMS_PER_BATCH
         total = sum(epochs * math.ceil(images / batch) for epochs, images in periods)
         return min(total, solver.MAX_ITER or total)

@@ -97,9 +97,9 @@ class TrainingData:
         wide = None
         if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
             wide = torch.tensor([d["width"] > d["height"] for d in self.dataset])
-        sampler = self.procedures.sampler(self.seed, rank(), world_size(), wide)
+        sampler = self.procedures.chooser.sampler(self.seed, rank(), world_size(), wide)
         mapper: Any = DatasetMapper(cfg, True)
-        if (change := self.procedures.image_change()) is not None:
+        if (change := self.procedures.chooser.image_change()) is not None:
             mapper = ChangingMapper(mapper, self.dataset, change)
         arguments: dict[str, Any] = {}
         if sampler is not None:

@@ -121,7 +121,8 @@ class DistillationModule(ResumableModule, TrainingLoop):
                 self.log_dict(self._measured, logger=False)
 
     def on_train_epoch_end(self) -> None:
-        self.procedures.on_epoch_end()
+        for procedure in self.procedures:
+            procedure.on_epoch_end()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -245,8 +245,8 @@ def train_loader(
             remedy="change one of them",
         )
     procedures = procedures or Procedures()
-    dataset.image_change = procedures.image_change()
-    if (stream := procedures.sampler(seed, rank, world)) is not None:
+    dataset.image_change = procedures.chooser.image_change()
+    if (stream := procedures.chooser.sampler(seed, rank, world)) is not None:
         loader = _loader(cfg, dataset, stream, batch // world, seed)
         return PeriodLoader(loader, procedures, cfg.SOLVER.MAX_ITER)
     sampler = StepSampler(len(dataset), batch, cfg.SOLVER.MAX_ITER, seed, start, rank, world)

@@ -6,23 +6,45 @@ continues with the very points it would have seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
 from kd_det.core.distributed import rank as own_rank
 from kd_det.core.distributed import world_size
 from kd_det.core.errors import check_choice, fail
 from kd_det.core.seeds import keyed_generator
+from kd_det.procedures.base import ChangedImages
 from kd_det.procedures.kcd.condensation import BLENDS, Condensation
 
 
-class SubsetSampler(Sampler[int]):
+class _ActivePoints(Sampler[int]):
+    """Of the active points of a condensation, the share of one rank."""
+
+    def __init__(
+        self,
+        condensation: Condensation,
+        seed: int = 0,
+        rank: int | None = None,
+        world: int | None = None,
+    ) -> None:
+        self.condensation, self.seed = condensation, seed
+        self.rank = own_rank() if rank is None else rank
+        self.world = world_size() if world is None else world
+        if not 0 <= self.rank < self.world:
+            fail(
+                expected=f"a rank below the number of processes, {self.world}",
+                received=f"rank {self.rank}",
+                remedy="give both, or neither to take them from the process group",
+            )
+
+
+class SubsetSampler(_ActivePoints):
     """One epoch over the active points in random order, for loops that count epochs.
 
     The active list is read anew in every epoch. The ranks share one order and take every
@@ -36,18 +58,7 @@ class SubsetSampler(Sampler[int]):
         world: number of processes; from the process group by default.
     """
 
-    def __init__(
-        self,
-        condensation: Condensation,
-        seed: int = 0,
-        rank: int | None = None,
-        world: int | None = None,
-    ) -> None:
-        self.condensation = condensation
-        self.seed = seed
-        self.rank, self.world = _place(rank, world)
-        self.epoch = 0
-        self._start = 0
+    epoch, _start = 0, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next epoch; call it before each."""
@@ -80,7 +91,7 @@ class SubsetSampler(Sampler[int]):
         self.seed, self.epoch, self._start = state["seed"], state["epoch"], state["start"]
 
 
-class InfiniteSubsetSampler(Sampler[int]):
+class InfiniteSubsetSampler(_ActivePoints):
     """An endless stream over the active points, for loops that count iterations (Detectron2).
 
     One random pass follows another; the ranks take every ``world``-th point of the stream, so
@@ -100,22 +111,14 @@ class InfiniteSubsetSampler(Sampler[int]):
         KDError: the condensation counts epochs.
     """
 
-    def __init__(
-        self,
-        condensation: Condensation,
-        seed: int = 0,
-        rank: int | None = None,
-        world: int | None = None,
-    ) -> None:
+    def __init__(self, condensation: Condensation, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(condensation, *arguments, **keywords)
         if condensation.batch is None:
             fail(
                 expected="an infinite sampler on a condensation that counts iterations",
                 received="one that counts epochs",
                 remedy="build the condensation with batch, the images per iteration",
             )
-        self.condensation = condensation
-        self.seed = seed
-        self.rank, self.world = _place(rank, world)
 
     def __iter__(self) -> Iterator[int]:
         state = self.condensation
@@ -145,20 +148,15 @@ class GroupedSampler(InfiniteSubsetSampler):
     always wait in it for a batch to fill.
 
     Args:
-        condensation: as of :class:`InfiniteSubsetSampler`, as are ``seed``, ``rank``, ``world``.
-        seed: likewise.
+        condensation: as of :class:`InfiniteSubsetSampler`, as is ``seed``.
         groups: the group of every image of the training set, ``[N]`` bool.
+        *place: rank and world.
     """
 
     def __init__(
-        self,
-        condensation: Condensation,
-        seed: int,
-        groups: Tensor,
-        rank: int | None = None,
-        world: int | None = None,
+        self, condensation: Condensation, seed: int, groups: Tensor, *place: int | None
     ) -> None:
-        super().__init__(condensation, seed, rank, world)
+        super().__init__(condensation, seed, *place)
         self._groups = groups
 
     def __iter__(self) -> Iterator[int]:
@@ -215,10 +213,10 @@ def blend_images(
 
 
 class Blends:
-    """The image in place of each image of the training set, as a condensation blends them.
+    """A condensation's blends as an :data:`kd_det.procedures.base.ImageChange`.
 
-    Holds the recipes alone, which are in shared memory: a loader process needs no copy of the
-    ledger, and one that stays alive between epochs sees new blends, too.
+    The recipes are in shared memory: a loader process needs no copy of the ledger, and one that
+    stays alive between epochs sees new blends, too.
     """
 
     def __init__(self, condensation: Condensation) -> None:
@@ -233,19 +231,11 @@ class Blends:
         return blend_images(read(index), read(partner), epsilon, self.mode)
 
 
-class _Images(Sized, Protocol):
-    def __getitem__(self, index: int, /) -> Any: ...
-
-
-class RecipeDataset(Dataset[tuple[Any, Any, int]]):
+class RecipeDataset(ChangedImages):
     """A data set whose images are blended as the condensation says, at the moment they are read.
 
-    Blends are made of *original* images, before random augmentation, and never stored. Indices
-    are those of the whole data set and are returned with each item, for the ledger.
-
     Args:
-        dataset: ``(image, target)`` by index, with floating images ``[C, H, W]`` that are not yet
-            augmented.
+        dataset: see :class:`ChangedImages`.
         condensation: whose recipes are applied.
         transform: random augmentation of the blended image.
 
@@ -256,7 +246,7 @@ class RecipeDataset(Dataset[tuple[Any, Any, int]]):
 
     def __init__(
         self,
-        dataset: _Images,
+        dataset: Any,
         condensation: Condensation,
         transform: Callable[[Tensor], Any] | None = None,
     ) -> None:
@@ -266,9 +256,7 @@ class RecipeDataset(Dataset[tuple[Any, Any, int]]):
                 received=f"{len(dataset)} points",
                 remedy="build both from the same training set",
             )
-        self.dataset = dataset
-        self.transform = transform
-        self._blends = Blends(condensation)
+        super().__init__(dataset, Blends(condensation), transform)
         first = dataset[0][0] if condensation.epsilon > 0 else None
         if first is not None and not (isinstance(first, Tensor) and first.is_floating_point()):
             fail(
@@ -276,26 +264,3 @@ class RecipeDataset(Dataset[tuple[Any, Any, int]]):
                 received=str(first.dtype if isinstance(first, Tensor) else type(first).__name__),
                 remedy="convert them in the data set and pass random augmentation as transform",
             )
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Any, Any, int]:
-        image, target = self.dataset[index]
-        blend = self._blends(index, lambda i: image if i == index else self.dataset[i][0])
-        image = image if blend is None else blend
-        return image if self.transform is None else self.transform(image), target, index
-
-
-def _place(rank: int | None, world: int | None) -> tuple[int, int]:
-    if world is None:
-        world = world_size()
-    if rank is None:
-        rank = own_rank()
-    if not 0 <= rank < world:
-        fail(
-            expected=f"a rank below the number of processes, {world}",
-            received=f"rank {rank}",
-            remedy="give both, or neither to take them from the process group",
-        )
-    return rank, world

@@ -209,7 +209,7 @@ class TestBlends:
         def make(mode="convex"):
             state.blend = mode
             mapper = DatasetMapper(cfg, True)
-            change = data.procedures.image_change()
+            change = data.procedures.chooser.image_change()
             return ChangingMapper(mapper, data.dataset, change), data.dataset
 
         return make, cfg
