@@ -9,7 +9,7 @@ run of Detectron2.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Sampler
 
 from kd_det.core.distributed import rank, world_size
 from kd_det.core.errors import fail
@@ -32,7 +31,6 @@ from kd_det.hosts.detectron2.datasets import training_dicts
 from kd_det.procedures.base import (
     ImageChange,
     PeriodLoader,
-    Procedures,
     TrainingLoop,
     TrainingSet,
     active_procedures,
@@ -83,6 +81,7 @@ class TrainingData:
         check_run_procedures(cfg)
         self.seed = cfg.SEED
         self.dataset: Any = ()
+        self.sampler: Any = None
         self.procedures = build_procedures(cfg, lambda: self._read(cfg))
         self.cfg = self.procedures.planned_config(cfg)
 
@@ -98,6 +97,7 @@ class TrainingData:
         if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
             wide = torch.tensor([d["width"] > d["height"] for d in self.dataset])
         sampler = self.procedures.chooser.sampler(self.seed, rank(), world_size(), wide)
+        self.sampler = sampler
         mapper: Any = DatasetMapper(cfg, True)
         if (change := self.procedures.chooser.image_change()) is not None:
             mapper = ChangingMapper(mapper, self.dataset, change)
@@ -107,7 +107,7 @@ class TrainingData:
             # iterator must not draw from the random numbers of its iteration.
             arguments = {"sampler": sampler, "aspect_ratio_grouping": False, "seed": self.seed}
         loader = build_detection_train_loader(cfg, dataset=self.dataset, mapper=mapper, **arguments)
-        return ProcedureLoader(loader, self.procedures, cfg.SOLVER.MAX_ITER, sampler)
+        return ProcedureLoader(loader, self.procedures, cfg.SOLVER.MAX_ITER)
 
 
 class BatchAccess(TrainingLoop):
@@ -124,28 +124,9 @@ class BatchAccess(TrainingLoop):
 
 
 class ProcedureLoader(PeriodLoader):
-    """Batches as the procedures change them.
+    """Batches as the procedures change them; ``batch`` is the last one."""
 
-    Args:
-        loader: see :class:`PeriodLoader`.
-        procedures: likewise.
-        length: likewise.
-        sampler: of the loader, if it is that of a procedure.
-
-    Attributes:
-        batch: the last one.
-    """
-
-    def __init__(
-        self,
-        loader: Iterable[Any],
-        procedures: Procedures,
-        length: int,
-        sampler: Sampler[int] | None = None,
-    ) -> None:
-        super().__init__(loader, procedures, length)
-        self.sampler: Any = sampler
-        self.batch: Batch = []
+    batch: Batch
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in super().__iter__():
@@ -166,21 +147,16 @@ class ProcedureHook(HookBase, BatchAccess):
     """
 
     def __init__(self, data: TrainingData) -> None:
-        self.procedures = data.procedures
-        self.seed = data.seed
+        self.procedures, self.data, self.seed = data.procedures, data, data.seed
         self.save_period = data.cfg.SOLVER.CHECKPOINT_PERIOD
         self.costs: dict[str, float] = {}
 
-    @property
-    def _sampler(self) -> Any:
-        return self.trainer.data_loader.sampler
-
     def before_train(self) -> None:
-        if self._sampler is not None:
-            self._sampler.seed = self.seed
+        if self.data.sampler is not None:
+            self.data.sampler.seed = self.seed
 
     def before_step(self) -> None:
-        if self._sampler is not None:
+        if self.data.sampler is not None:
             generator = keyed_generator(self.seed, rank(), self.trainer.iter)
             seed_all_rng(int(torch.randint(2**31, (), generator=generator)))
 
@@ -237,14 +213,14 @@ class ChangingMapper:
         self.dataset = dataset
         self.change = change
         self._index = -1
-        first = _Changed(self._changed)
+        first = _Replaced(self._changed)
         mapper.augmentations = T.AugmentationList([first, mapper.augmentations])
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
         self._index = dataset_dict[INDEX]
         return self.mapper(dataset_dict)
 
-    def _changed(self, image: NDArray[Any]) -> NDArray[Any] | None:
+    def _changed(self, image: NDArray[Any]) -> NDArray[Any]:
         def read(index: int) -> Tensor:
             pixels = image
             if index != self._index:
@@ -254,34 +230,21 @@ class ChangingMapper:
 
         changed = self.change(self._index, read)
         if changed is None:
-            return None
+            return image
         pixels = changed.permute(1, 2, 0).numpy()
         # Rounded: cutting off decimals would darken every image.
         return pixels.round().clip(0, 255).astype(np.uint8) if image.dtype == np.uint8 else pixels
 
 
-class _Changed(T.Augmentation):
-    def __init__(self, change: Any) -> None:
+class _Replaced(T.NoOpTransform):
+    """Another image of the same size; coordinates stay."""
+
+    def __init__(self, change: Callable[[NDArray[Any]], NDArray[Any]]) -> None:
         super().__init__()
         self.change = change
 
-    def get_transform(self, image: NDArray[Any]) -> T.Transform:
-        changed = self.change(image)
-        return T.NoOpTransform() if changed is None else _Replaced(changed)
-
-
-class _Replaced(T.Transform):
-    """Another image of the same size; coordinates stay."""
-
-    def __init__(self, pixels: NDArray[Any]) -> None:
-        super().__init__()
-        self.pixels = pixels
-
     def apply_image(self, img: NDArray[Any]) -> NDArray[Any]:
-        return self.pixels
-
-    def apply_coords(self, coords: NDArray[Any]) -> NDArray[Any]:
-        return coords
+        return self.change(img)
 
     def apply_segmentation(self, segmentation: NDArray[Any]) -> NDArray[Any]:
         return segmentation
