@@ -54,18 +54,12 @@ ImageChange = Callable[[int, Read], "Tensor | None"]
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What a procedure knows when it is built.
-
-    Attributes:
-        images: N, the size of the whole training set.
-        seed: of the run, the same on all ranks.
-        rank: of this process.
-        labels: the class of every image, ``[N]``, where the host offers :data:`LABELS`.
-    """
+    """What a procedure knows when it is built: ``images``, N, is the size of the training set."""
 
     images: int
     seed: int = 0
     rank: int = 0
+    # The class of every image, [N], where the host offers them.
     labels: Tensor | None = None
 
 
@@ -74,7 +68,7 @@ class TrainingLoop:
 
     def size(self, batch: Any) -> int:
         """The number of images in a batch."""
-        raise NotImplementedError
+        return len(self.indices(batch))
 
     def select(self, batch: Any, rows: Sequence[int]) -> Any:
         """The batch of the images in these rows."""
@@ -109,8 +103,8 @@ class BeforeRun:
 
     Attributes:
         cfg: the run's config.
-        distiller: the losses; None for a plain student.
-        teacher: the frozen teacher, if there is one.
+        distiller: None for a plain student.
+        teacher: None likewise, and beside a booster.
         file: where something trained beforehand is kept for a resumed run.
         resume: take or continue what an interrupted run has left.
         train: ``(model, iterations)``: trains a module whose input are the teacher's tensors by
@@ -136,7 +130,7 @@ class Procedure:
         needs: offers that a host must have.
         in_training: whether it is built for training; one that is not has hooks of classes only.
         chooses_images: whether it has a sampler or changes images. One procedure of a run may.
-        reads_uncertainties: whether it calls :meth:`TrainingLoop.uncertainties`.
+        reads_uncertainties: whether the loop must offer :meth:`TrainingLoop.uncertainties`.
         old_names: of its state in checkpoints of former versions.
     """
 
@@ -190,11 +184,7 @@ class Procedure:
     ) -> Sampler[int] | None:
         """Indices of one epoch, or an endless stream where the host counts iterations.
 
-        Args:
-            seed: the same on all ranks.
-            rank: of this process.
-            world: number of processes.
-            groups: ``[N]`` bool; images of one batch must have the same value.
+        ``groups``, ``[N]`` bool: images of one batch must have the same value.
         """
         return None
 
@@ -277,11 +267,7 @@ def active_procedures(cfg: CfgNode) -> list[type[Procedure]]:
 
 
 def check_procedures(cfg: CfgNode, offers: frozenset[str]) -> None:
-    """Refuse what the procedures of a run cannot do.
-
-    Raises:
-        KDError: see :meth:`Procedure.check`; or two procedures that choose images.
-    """
+    """Raise KDError for what the procedures of a run cannot do, or if two choose its images."""
     active = active_procedures(cfg)
     for procedure in active:
         procedure.check(cfg, offers)
@@ -314,14 +300,11 @@ def before_run(run: BeforeRun) -> bool:
 
 
 class Procedures(tuple[Procedure, ...]):
-    """The procedures of a run during its training, in order; see :func:`build_procedures`.
-
-    Attributes:
-        chooser: the one that chooses the images, or a procedure that changes nothing.
-    """
+    """The procedures of a run during its training, in order."""
 
     @property
     def chooser(self) -> Procedure:
+        """The procedure that chooses the images, or one that changes nothing."""
         return next((procedure for procedure in self if procedure.chooses_images), _NOTHING)
 
     def planned_config(self, cfg: CfgNode) -> CfgNode:
@@ -387,15 +370,7 @@ class Procedures(tuple[Procedure, ...]):
 
 
 def build_procedures(cfg: CfgNode, training_set: Callable[[], TrainingSet]) -> Procedures:
-    """The procedures that a run has during its training.
-
-    Args:
-        cfg: the run's config.
-        training_set: called only if there are any.
-
-    Raises:
-        KDError: values that do not fit.
-    """
+    """The procedures of a run during its training; ``training_set`` is called if there are any."""
     kinds = [procedure for procedure in active_procedures(cfg) if procedure.in_training]
     facts = training_set() if kinds else _NO_IMAGES
     return Procedures(procedure(cfg, facts) for procedure in kinds)
@@ -408,9 +383,8 @@ class ChangedImages(Dataset[tuple[Any, Any, int]]):
     data set and are returned with each item.
 
     Args:
-        dataset: ``(image, target)`` by index, with floating images ``[C, H, W]`` that are not yet
-            augmented.
-        change: see :data:`ImageChange`; None changes nothing.
+        dataset: ``(image, target)`` by index; images are floating ``[C, H, W]``, not augmented.
+        change: None changes nothing.
         transform: random augmentation of the changed image.
     """
 

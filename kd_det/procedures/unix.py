@@ -42,13 +42,10 @@ Strategy = Literal["entropy", "confidence", "margin", "random"]
 
 
 class MixedBatch(NamedTuple):
-    """The part of a batch that is trained on. Row i mixes two images of the raw batch.
+    """The k images to train on, ``[k, ...]``. Row i mixes two images of the raw batch.
 
-    Attributes:
-        images: ``[k, ...]``.
-        target_a: targets of the more uncertain images, which weigh ``1 - mu``, ``[k, ...]``.
-        target_b: targets of their partners, which weigh ``mu``, ``[k, ...]``.
-        mu: ``[k]``, in the dtype of the images.
+    Targets of the more uncertain images weigh ``1 - mu``, those of their partners ``mu``, which is
+    ``[k]`` in the dtype of the images.
     """
 
     images: Tensor
@@ -198,8 +195,8 @@ class UnixMixup:
         rank: this process; ranks draw differently.
 
     Attributes:
-        scored: images the student has scored without a gradient.
-        trained: images that went through teacher, student and backward.
+        scored: number of images that the student has scored without a gradient.
+        trained: number of images that went through teacher, student and backward.
 
     Raises:
         KDError: an argument outside its range.
@@ -276,22 +273,12 @@ class UnixMixup:
         return mixed
 
     def measured_cost(self, flops_ratio: float, backward: float = 1.0) -> float:
-        """:func:`unix_cost` of the images counted so far; short batches make it differ.
-
-        Args:
-            flops_ratio: R, see :func:`unix_cost`.
-            backward: see :func:`unix_cost`.
-        """
+        """:func:`unix_cost` of the images counted so far; short batches make it differ."""
         return unix_cost(flops_ratio, self.trained / max(1, self.scored), backward)
 
     def state_dict(self) -> dict[str, Any]:
         """The counts, from which the next draws follow too."""
-        return {
-            "seed": self.seed,
-            "batches": self.batches,
-            "scored": self.scored,
-            "trained": self.trained,
-        }
+        return {name: getattr(self, name) for name in ("seed", "batches", "scored", "trained")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the draws and counts that follow."""
@@ -301,11 +288,7 @@ class UnixMixup:
 
 @register
 class UNIX(Procedure):
-    """Only part of a batch, mixed, goes through teacher and student.
-
-    Attributes:
-        mixup: its state.
-    """
+    """Only part of a batch, mixed, goes through teacher and student; its state is ``mixup``."""
 
     name = "UNIX"
     defaults: ClassVar[Mapping[str, Any]] = {

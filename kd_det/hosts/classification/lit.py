@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from kd_det.balance.clip import add_clipped_gradients, clip_factor, transfer_gradients
@@ -87,9 +87,6 @@ class LitClassifier(DistillationModule):
 
     # What procedures find; see kd_det.procedures.base.TrainingLoop
 
-    def size(self, batch: tuple[Tensor, Any, Tensor]) -> int:
-        return len(batch[0])
-
     def select(self, batch: tuple[Tensor, Any, Tensor], rows: Sequence[int]) -> Any:
         images, targets, indices = batch
         rows = list(rows)
@@ -105,7 +102,9 @@ class LitClassifier(DistillationModule):
         return logit_entropy(self.model.logits)
 
     def score(self, images: Tensor, training: bool) -> Tensor:
-        return score(self.model.student, self.model.statistics.normalize(images), training)
+        student = self.model.student
+        with modes_kept(student), torch.no_grad():
+            return student.train(training)(self.model.statistics.normalize(images))
 
     def flops_ratio(self) -> float:
         return flops_ratio(self.model, self.cfg.INPUT.SIZE)
@@ -178,9 +177,3 @@ class LitClassifier(DistillationModule):
         self.evaluated_at = self.global_step
         path = Path(self.cfg.OUTPUT_DIR) / PREDICTIONS
         write_predictions(path, self._predictions, itemgetter("index"))
-
-
-def score(model: nn.Module, images: Tensor, training: bool) -> Tensor:
-    """Logits ``[N, K]`` without a gradient, with the statistics of the batch or the stored ones."""
-    with modes_kept(model), torch.no_grad():
-        return model.train(training)(images)

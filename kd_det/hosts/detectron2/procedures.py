@@ -113,9 +113,6 @@ class TrainingData:
 class BatchAccess(TrainingLoop):
     """What procedures find in a batch of this host; see :class:`TrainingLoop`."""
 
-    def size(self, batch: Batch) -> int:
-        return len(batch)
-
     def select(self, batch: Batch, rows: Sequence[int]) -> Batch:
         return [batch[row] for row in rows]
 

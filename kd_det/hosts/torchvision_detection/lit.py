@@ -67,9 +67,6 @@ class LitDetector(DistillationModule):
 
     # What procedures find; see kd_det.procedures.base.TrainingLoop
 
-    def size(self, batch: Batch) -> int:
-        return len(batch[0])
-
     def select(self, batch: Batch, rows: Sequence[int]) -> Batch:
         images, targets = batch
         return [images[row] for row in rows], [targets[row] for row in rows]

@@ -10,6 +10,7 @@ identified by their index in the whole training set, always.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Sequence
@@ -206,7 +207,7 @@ class Condensation:
         return int(self.ledger.count.sum())
 
     def formula_cost(self) -> float:
-        """The published cost at this rho, period and total: :func:`kcd_cost`."""
+        """:func:`kcd_cost` of this run, as published."""
         return kcd_cost(self.rho, self.total, self.period)
 
     def planned_cost(self) -> float:
@@ -223,15 +224,11 @@ class Condensation:
         Raises:
             KDError: the ledger holds unmerged visits; call ``ledger.merge()`` on every rank first.
         """
+        numbers = ("current_period", "position", "counts", "lengths")
         return {
             "ledger": self.ledger.state_dict(),
-            "active": self.active.clone(),
-            "partners": self.partners.clone(),
-            "epsilons": self.epsilons.clone(),
-            "current_period": self.current_period,
-            "position": self.position,
-            "counts": list(self.counts),
-            "lengths": list(self.lengths),
+            **{name: getattr(self, name).clone() for name in ("active", "partners", "epsilons")},
+            **{name: copy.copy(getattr(self, name)) for name in numbers},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -37,11 +37,7 @@ logger = logging.getLogger(__name__)
 
 @register
 class KCD(Procedure):
-    """A training set that shrinks; see :mod:`kd_det.procedures.kcd.condensation`.
-
-    Attributes:
-        condensation: its state.
-    """
+    """A training set that shrinks; its state is ``condensation``."""
 
     name = "KCD"
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -134,11 +130,10 @@ class KCD(Procedure):
         self, seed: int, rank: int, world: int, groups: Tensor | None = None
     ) -> Sampler[int]:
         state = self.condensation
-        if state.batch is None:
-            return SubsetSampler(state, seed, rank, world)
-        if groups is None:
-            return InfiniteSubsetSampler(state, seed, rank, world)
-        return GroupedSampler(state, seed, groups, rank, world)
+        if state.batch is not None and groups is not None:
+            return GroupedSampler(state, seed, groups, rank, world)
+        kind = SubsetSampler if state.batch is None else InfiniteSubsetSampler
+        return kind(state, seed, rank, world)
 
     def image_change(self) -> Blends:
         return Blends(self.condensation)
