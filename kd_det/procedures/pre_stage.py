@@ -203,7 +203,9 @@ class PreStageModel(nn.Module):
         A single sample has no relations: without this, momentum and weight decay would move the
         network all the same.
         """
-        return _PreStageSGD(self, lr, momentum, nesterov, weight_decay)
+        return _PreStageSGD(
+            self, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay
+        )
 
     def leave_idle_alone(self) -> None:
         """Remove the gradients of networks whose loss in the last batch was zero."""
@@ -218,17 +220,8 @@ class PreStageModel(nn.Module):
 
 
 class _PreStageSGD(torch.optim.SGD):
-    def __init__(
-        self,
-        model: PreStageModel,
-        lr: float,
-        momentum: float,
-        nesterov: bool,
-        weight_decay: float,
-    ) -> None:
-        super().__init__(
-            model.parameters(), lr, momentum, nesterov=nesterov, weight_decay=weight_decay
-        )
+    def __init__(self, model: PreStageModel, **arguments: Any) -> None:
+        super().__init__(model.parameters(), **arguments)
         self._leave_idle_alone = model.leave_idle_alone
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

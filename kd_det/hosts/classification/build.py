@@ -28,10 +28,8 @@ logger = logging.getLogger(__name__)
 def build_student(cfg: CfgNode, weights: str, complete: bool) -> nn.Module:
     """The stock classifier that ``cfg.MODEL`` describes.
 
-    Args:
-        cfg: a config of this host.
-        weights: a file, or a name of torchvision's weights; empty for a random start.
-        complete: every key must be in the file, as evaluation needs.
+    ``weights`` is a file, or a name of torchvision's weights; empty for a random start. With
+    ``complete`` every key must be in the file, as evaluation needs.
     """
     from_file = weights.endswith(SUFFIXES)
     model = build_classifier(cfg.MODEL.NAME, num_classes(cfg), "" if from_file else weights)

@@ -36,7 +36,7 @@ class LitClassifier(DistillationModule):
         model: the classifier.
         cfg: a config of this host.
         seed: decides order and augmentation of the training images.
-        train_data: the training set; None to evaluate only.
+        train_data: None to evaluate only.
         test_data: the test set.
         procedures: of the run.
     """
@@ -88,11 +88,10 @@ class LitClassifier(DistillationModule):
     # What procedures find; see kd_det.procedures.base.TrainingLoop
 
     def select(self, batch: tuple[Tensor, Any, Tensor], rows: Sequence[int]) -> Any:
-        images, targets, indices = batch
-        rows = list(rows)
-        if isinstance(targets, MixedBatch):
-            return images[rows], MixedBatch(*(part[rows] for part in targets)), indices[rows]
-        return images[rows], targets[rows], indices[rows]
+        rows, (images, targets, indices) = list(rows), batch
+        mixed = isinstance(targets, MixedBatch)
+        kept = MixedBatch(*(part[rows] for part in targets)) if mixed else targets[rows]
+        return images[rows], kept, indices[rows]
 
     def indices(self, batch: tuple[Tensor, Any, Tensor]) -> Tensor:
         return batch[2]

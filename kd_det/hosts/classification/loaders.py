@@ -66,13 +66,7 @@ def train_loader(
 ) -> DataLoader:
     """Batches ``(images, classes, indices)`` of one epoch.
 
-    Args:
-        cfg: a config of this host.
-        data: the training set.
-        seed: decides order and augmentation.
-        rank: of this process.
-        world: number of processes.
-        procedures: of the run; one may choose the images.
+    ``seed`` decides order and augmentation; one of the ``procedures`` may choose the images.
     """
     procedures = procedures or Procedures()
     sampler = procedures.chooser.sampler(seed, rank, world)

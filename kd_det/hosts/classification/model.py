@@ -48,12 +48,9 @@ class Distillation:
     """What turns a classifier's training into a distillation.
 
     Attributes:
-        terms: the losses.
         teacher: the frozen teacher; None beside a booster.
-        teacher_statistics: what the teacher expects.
         booster: a net that trains jointly and takes the teacher's place (Rocket).
         task_weight: of the cross-entropy beside the terms. 0 leaves it out.
-        report_period: see :class:`kd_det.Distiller`.
         class_map: how the teacher's ``logits`` become those of the student's classes; None if
             they are already.
         balance: adapts the weights of the terms; gradients are compared on the whole student. See

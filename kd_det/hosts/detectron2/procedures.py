@@ -68,10 +68,9 @@ class TrainingData:
         cfg: the config before the procedures have planned the run.
 
     Attributes:
-        seed: of the run, the same on all ranks.
-        dataset: dataset dicts with their place in the training set, :data:`INDEX`.
-        procedures: of the run; empty where it has none, and the stock loader is used.
         cfg: the config; its ``SOLVER`` counts the iterations that the run really takes.
+        procedures: of the run; empty where it has none, and the stock loader is used.
+        dataset: dataset dicts with their place in the training set, :data:`INDEX`.
 
     Raises:
         KDError: see :func:`check_run_procedures`.

@@ -45,15 +45,8 @@ def prepare_run(
 ) -> None:
     """Call what procedures train before the first iteration; a loss curve is in ``pre_stage``.
 
-    On every process, and not where a checkpoint of the run itself follows.
-
-    Args:
-        run: the run.
-        lit: its module, with a distiller and a teacher if anything is distilled.
-        captures: see :data:`Captures`.
-        loader: see :data:`Loader`.
-        epoch: iterations of one pass over the training set.
-        callbacks: a progress bar, for example.
+    On every process, and not where a checkpoint of the run itself follows. ``epoch`` is the number
+    of iterations of one pass over the training set.
 
     Raises:
         KDError: see :meth:`kd_det.procedures.pre_stage.PreStage.before_run`.
@@ -80,25 +73,15 @@ def prepare_run(
 
 class _LitPreStage(ResumableModule):
     def __init__(
-        self,
-        model: PreStageModel,
-        captures: Captures,
-        loader: Loader,
-        iterations: int,
-        node: CfgNode,
+        self, model: PreStageModel, captures: Captures, loader: Loader, total: int, node: CfgNode
     ) -> None:
         super().__init__()
-        self.model = model
-        self.node = node
-        self.iterations = iterations
-        self._captures = captures
-        self._loader = loader
+        self.model, self.node, self.total = model, node, total
+        self._captures, self._loader = captures, loader
 
     def train_dataloader(self) -> Any:
-        trainer = self.trainer
-        return self._loader(
-            self.iterations, trainer.global_step, trainer.global_rank, trainer.world_size
-        )
+        done, world = self.trainer.global_step, self.trainer.world_size
+        return self._loader(self.total, done, self.trainer.global_rank, world)
 
     def training_step(self, batch: Any, _: int) -> Tensor:
         losses = self.model(self._captures(batch))

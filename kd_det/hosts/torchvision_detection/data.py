@@ -125,18 +125,10 @@ class CocoDataset(Dataset[Sample]):
 
 
 class StepSampler(Sampler[int]):
-    """Endless reshuffled passes over a data set, cut to what a run needs.
+    """Endless reshuffled passes over ``length`` images, cut to the ``iterations`` of a run.
 
-    The order follows from the seed alone, so a resumed run goes on where it was.
-
-    Args:
-        length: number of samples in the data set.
-        batch: samples of one iteration over all processes.
-        iterations: iterations of the whole run.
-        seed: decides the order.
-        start: iterations that are already done.
-        rank: index of this process.
-        world: number of processes.
+    The order follows from the seed alone, so a run resumed at iteration ``start`` goes on where it
+    was. ``batch`` is that of all processes.
     """
 
     def __init__(
@@ -223,16 +215,9 @@ def train_loader(
     world: int = 1,
     procedures: Procedures | None = None,
 ) -> DataLoader[Sample] | PeriodLoader:
-    """Batches of a whole run as one pass, from iteration ``start`` on.
+    """Batches of a whole run of ``SOLVER.MAX_ITER`` as one pass, from iteration ``start`` on.
 
-    Args:
-        cfg: a config of this host; ``SOLVER.MAX_ITER`` is the length of the run.
-        dataset: see :func:`train_dataset`.
-        seed: decides the order.
-        start: iterations that are already done.
-        rank: index of this process.
-        world: number of processes.
-        procedures: of the run; one may choose the images, and knows its own start.
+    One of the ``procedures`` may choose the images, and knows its own start.
 
     Raises:
         KDError: a batch that the processes cannot share evenly.
