@@ -54,7 +54,7 @@ ImageChange = Callable[[int, Read], "Tensor | None"]
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What a procedure knows when it is built: ``images``, N, is the size of the training set."""
+    """The arguments of a procedure; ``images``, N, is the size of the training set."""
 
     images: int
     seed: int = 0

@@ -42,12 +42,12 @@ def build_student(cfg: CfgNode, weights: str, complete: bool) -> nn.Module:
 def build_training_model(
     cfg: CfgNode, weights: str = "", distilled: bool = True
 ) -> DistilledClassifier:
-    """The student, and around it what ``cfg.KD`` asks for.
+    """The student, and around it what ``cfg.KD`` describes.
 
     Args:
         cfg: a config of this host.
         weights: the student's start.
-        distilled: False leaves teacher and terms out whatever the config says, as evaluation
+        distilled: False leaves teacher and terms out whatever the config has, as evaluation
             does.
 
     Raises:

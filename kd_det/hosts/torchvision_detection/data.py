@@ -217,7 +217,7 @@ def train_loader(
 ) -> DataLoader[Sample] | PeriodLoader:
     """Batches of a whole run of ``SOLVER.MAX_ITER`` as one pass, from iteration ``start`` on.
 
-    One of the ``procedures`` may choose the images, and knows its own start.
+    One of the ``procedures`` may choose the images, and has its own start.
 
     Raises:
         KDError: a batch that the processes cannot share evenly.

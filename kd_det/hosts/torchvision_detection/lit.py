@@ -61,7 +61,7 @@ class LitDetector(DistillationModule):
         losses = self.model(*batch)
         total = torch.stack([full_precision(loss) for loss in losses.values()]).sum()
         self.log_losses(losses, total)
-        # Within the step, so that a checkpoint of this iteration knows its values too.
+        # Within the step, so that a checkpoint of this iteration holds its values too.
         self.procedures.on_step(batch, self)
         return total
 

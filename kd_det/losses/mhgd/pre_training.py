@@ -17,7 +17,7 @@ class PreStageLoss(DistillLoss):
 
     The network depends on the teacher and its taps, never on a student: it is trained once, saved
     as its own file (:mod:`kd_det.procedures.pre_stage`) and reused for every student. Outside its
-    own training it is frozen: no gradients, eval mode whatever ``.train()`` says. It is part of the
+    own training it is frozen: no gradients, eval mode, also after ``.train()``. It is part of the
     distiller's checkpoint but not of its optimiser.
 
     Subclasses hand the network to this constructor and implement :meth:`pre_stage_loss`,
@@ -32,7 +32,7 @@ class PreStageLoss(DistillLoss):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        # In the state, so that a resumed run knows; as a bool besides, because reading it back
+        # In the state, so that a checkpoint holds it; as a bool besides, because reading it back
         # from a GPU in every step would make the host wait.
         self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
         self._ready = False

@@ -239,7 +239,7 @@ class Condensation:
         """
         for name in ("counts", "lengths"):
             own, saved = getattr(self, name), list(state[name])
-            # Another length of the data set changes the counts too; the ledger says it better.
+            # Another length of the data set changes the counts too; the ledger's message names it.
             if own != saved and len(state["ledger"]["count"]) == len(self):
                 fail(
                     expected=f"KCD's state to have this run's period {name}, {own}",

@@ -82,7 +82,7 @@ class SubsetSampler(_ActivePoints):
 
         Args:
             visited: samples of this epoch that this rank has trained on. Loaders fetch ahead of
-                the training, so only the loop knows.
+                the training, so the loop must count them.
         """
         return {"seed": self.seed, "epoch": self.epoch, "start": visited}
 
@@ -95,8 +95,8 @@ class InfiniteSubsetSampler(_ActivePoints):
     """An endless stream over the active points, for loops that count iterations (Detectron2).
 
     One random pass follows another; the ranks take every ``world``-th point of the stream, so
-    nothing is repeated to make them equal. Each period has its own stream. It begins where
-    ``condensation.position`` says, which is all that a resumed run needs.
+    nothing is repeated to make them equal. Each period has its own stream. It begins
+    at ``condensation.position``, which is all that a resumed run needs.
 
     A loader that fetches ahead still holds a few batches of the old period when a new one begins;
     see :class:`kd_det.procedures.base.PeriodLoader`.
