@@ -39,7 +39,7 @@ def test_a_new_procedure_takes_one_object_and_one_config(options, tmp_path, monk
     assert whole["procedures"] == {"HALVE": {"loaded": 8, "trained": 4, "steps": 4}}
     with pytest.raises(ConnectionError):
         run(cfg("again"), callbacks=[Stop(2)], progress=lambda *_: None)
-    assert run(cfg("again"), resume=True, progress=lambda *_: None) == results
+    assert run(cfg("again"), Start(resume=True), progress=lambda *_: None) == results
     again = torch.load(tmp_path / "again" / "last.ckpt", weights_only=False)
     for key, value in whole["state_dict"].items():
         assert torch.equal(again["state_dict"][key], value), key
