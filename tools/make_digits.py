@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kd_det.core.errors import KDError
-from kd_det.data.digits.detection import DigitsSpec, contact_sheet, write_digits
+from kd_det.data.digits.contact_sheet import draw_contact_sheet
+from kd_det.data.digits.detection import DigitsSpec, write_digits
 from kd_det.data.subset_json import write_subset
 
 Paths = dict[str, tuple[Path, Path]]
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
             )
             # A data set that was there already is reused without a single call.
             progress.update(task, completed=spec.train_images + spec.val_images)
-        sheet = contact_sheet(args.output, "train", args.output / "contact_sheet.png")
+        sheet = draw_contact_sheet(*paths["digits_train"], args.output / "contact_sheet.png")
         if args.classes:
             paths = subset(paths, args.classes, args.name)
     except KDError as error:

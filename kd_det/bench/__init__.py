@@ -1,1 +1,1 @@
-"""A run built from its config, to be looked at: every look leaves the model as it was."""
+"""A run built from its config, to be examined; every function leaves the model as it was."""

@@ -32,7 +32,7 @@ class ClassMap:
 
     Attributes:
         student: names of the student's classes, in the order of its outputs.
-        teacher: likewise for the teacher.
+        teacher: names of the teacher's classes, in the order of its outputs.
         indices: per student class, the index of the teacher's class.
     """
 

@@ -1,7 +1,6 @@
 """A check of a COCO-format data set that costs seconds, before a run that costs days.
 
-Every fault is reported the same way: one error that says how many entries are affected and names
-the first five by id.
+Every fault is one error with the number of affected entries and the ids of the first five.
 """
 
 from __future__ import annotations

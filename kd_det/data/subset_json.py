@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from kd_det.core.errors import check_known, fail
+from kd_det.core.files import replace_text
 from kd_det.data.coco_json import category_names
 
 
@@ -67,7 +67,5 @@ def write_subset(source: Path, target: Path, classes: Sequence[str]) -> Path:
             remedy="choose another name, or remove it; nothing was changed",
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    partial.write_text(text)
-    os.replace(partial, target)
+    replace_text(target, text)
     return target

@@ -1,7 +1,7 @@
 """What a run knows about the names of its classes, and the class map that follows.
 
-Names come from the training data of each side's own config, or from the config itself. A host says
-how it counts and names classes; the rest is the same for all of them.
+Names come from the training data of each side's own config, or from the config itself. A host
+counts and names the classes of a config; the rest is the same for all hosts.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class SideClasses:
 
     Attributes:
         count: classes of its head, without a background.
-        names: in the order of the outputs; None where nobody knows them.
-        reason: why nobody does, to complete "unknown: ...".
+        names: in the order of the outputs; None where they are unknown.
+        reason: why they are unknown, to complete "unknown: ...".
     """
 
     count: int
@@ -124,7 +124,7 @@ def run_class_map(
         teacher_cfg: the teacher's own.
         logits: names of the host's taps of logits.
         num_classes: the host's reading of a config: classes of the head, without a background.
-        class_names: likewise, their names where the training data tells.
+        class_names: the host's reading of a config: names in its training data, if known.
 
     Raises:
         KDError: see :func:`side_classes` and :func:`find_class_map`.

@@ -1,7 +1,6 @@
-"""``run.json``: what a run was, written beside what it leaves.
+"""``run.json``: the code, teacher and command behind the weights in a run folder.
 
-It answers, months later, which code, which teacher and which command made the weights in a folder:
-versions, git commit, seed, machine, the teacher's fingerprint, every start of the run and how the
+Versions, git commit, seed, machine, the teacher's fingerprint, every start of the run and how the
 last one ended.
 """
 
@@ -119,12 +118,8 @@ def recorded_run(
     ``"error"``, and goes on.
 
     Args:
-        output_dir: see :func:`begin_record`.
-        cfg: likewise.
-        seed: likewise.
-        resumed: likewise.
+        output_dir, cfg, seed, resumed, facts: see :func:`begin_record`.
         main_process: other processes of a run write nothing.
-        facts: see :func:`begin_record`.
     """
     if not main_process:
         yield

@@ -1,4 +1,4 @@
-"""Pictures of logits: what both sides think of RoIs and of whole images.
+"""Pictures of logits: predictions of both sides for RoIs and for whole images.
 
 Shapes: R RoIs of all images of the batch, J logits (background among them), K classes.
 """
@@ -58,7 +58,7 @@ class Head:
 
     @property
     def softened(self) -> str:
-        """Says the temperature where there is one."""
+        """The temperature for a title; empty where it is 1."""
         return "" if self.temperature == 1 else f", temperature {self.temperature:g}"
 
 
@@ -86,7 +86,7 @@ def disputed_rois(boxes: Tensor, divergences: Tensor, most: int = ROIS) -> Tenso
     Args:
         boxes: ``[R, 4]``.
         divergences: ``[R]``.
-        most: so many at most.
+        most: the largest number of indices.
     """
     return nms(boxes.float().cpu(), divergences, _OVERLAP)[:most]
 
@@ -104,8 +104,7 @@ def roi_grid(
     Args:
         pictures: N images.
         boxes: of every image of the batch ``[R_i, 4]``, at least N.
-        student: ``[R, J]``, rows in the order of the boxes.
-        teacher: likewise.
+        student: ``[R, J]``, rows in the order of the boxes; the teacher's are alike.
         head: how to read them.
         name: of the term.
     """
@@ -141,12 +140,11 @@ def class_grid(
     name: str,
     truth: Tensor | None = None,
 ) -> Figure:
-    """The teacher's five most probable classes of each image, with the student's opinion.
+    """The teacher's five most probable classes of each image, with the student's probabilities.
 
     Args:
         pictures: N images.
-        student: ``[M, K]``.
-        teacher: likewise.
+        student: ``[M, K]``; the teacher's are alike.
         head: how to read them.
         name: of the term.
         truth: true classes ``[M]``.

@@ -59,7 +59,7 @@ def attention_maps(student: Tensor, teacher: Tensor, p: float, most: int) -> tup
         student: ``[M, C_s, h, w]``.
         teacher: ``[M, C_t, h', w']``.
         p: see :func:`kd_det.losses.at.attention_map`.
-        most: so many images.
+        most: number of images.
 
     Returns:
         Two ``[N, min(h, h'), min(w, w')]`` of Euclidean length 1 per image.

@@ -41,7 +41,7 @@ def seen_pictures(batch: Tensor, pixels: PixelInput, most: int) -> Pictures:
     Args:
         batch: ``[N, 3, H, W]`` as it enters the backbone.
         pixels: what the model expects, hence what was done to it.
-        most: take so many images at most, from the first on.
+        most: the largest number of images to take, from the first on.
     """
     size = (batch.shape[2], batch.shape[3])
     batch = batch[:most].detach().float().cpu()

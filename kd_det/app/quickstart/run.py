@@ -16,14 +16,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -34,6 +27,7 @@ from kd_det.data.catalogue import data_root
 from kd_det.data.digits.detection import DigitsSpec, write_digits
 from kd_det.document.detections import draw_detections
 from kd_det.hosts.base import Host, get_host
+from kd_det.hosts.lightning.loss_table import bar_columns
 from kd_det.run.folder import CONFIG, FINAL, LOG, RESULTS
 from kd_det.run.plan import Results, Start
 
@@ -90,12 +84,7 @@ def quickstart(host_name: str, output: Path, opts: Sequence[str] = ()) -> dict[s
         "and started again."
     )
     with Progress(
-        TextColumn("{task.description:<26}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        *bar_columns(26),
         console=console,
         redirect_stdout=False,
     ) as progress:

@@ -366,24 +366,3 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _write_png(path: Path, image: NDArray[np.uint8]) -> None:
     if not cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR)):
         raise OSError(f"could not write {path}")
-
-
-def contact_sheet(root: Path, split: str, path: Path, count: int = 24) -> Path:
-    """Draw the first images of a written split with boxes and labels; see ``draw_contact_sheet``.
-
-    Args:
-        root: folder of the data set.
-        split: ``train`` or ``val``.
-        path: the PNG to write.
-        count: number of images.
-
-    Returns:
-        ``path``.
-
-    Raises:
-        KDError: an unknown split, or ``count`` below 1.
-    """
-    from kd_det.data.digits.contact_sheet import draw_contact_sheet
-
-    check_choice("split", split, SPLITS)
-    return draw_contact_sheet(*digits_paths(root)[f"digits_{split}"], path, count)

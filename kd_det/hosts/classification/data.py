@@ -165,8 +165,8 @@ def build_source(name: str) -> Any:
     """A data set of undecoded images, with its ``targets``.
 
     Raises:
-        KDError: an unknown name, or files that are not there; the message says which command
-            gets them.
+        KDError: an unknown name, or missing files; the message has the command that gets
+            them.
     """
     check_known("data set in DATASETS", name, SOURCES)
     source, root = SOURCES[name], data_root()

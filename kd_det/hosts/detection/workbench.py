@@ -14,7 +14,7 @@ from kd_det.procedures.base import TrainingSet, build_procedures
 
 
 class DetectionWorkbench(Workbench):
-    """A run of a detector. A host says how its detectors take images and return detections."""
+    """A run of a detector. Each host adds how its detectors take images and return detections."""
 
     @abstractmethod
     def _training_images(self) -> int:

@@ -17,17 +17,10 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from rich.console import Console, RenderableType
 from rich.logging import RichHandler
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
 from kd_det.hosts.base import Progress as Report
-from kd_det.hosts.lightning.loss_table import loss_table
+from kd_det.hosts.lightning.loss_table import bar_columns, loss_table
 from kd_det.run.curves import CurveTag
 
 # Seconds between two drawings. There is no thread that draws: loader processes are forked at
@@ -48,12 +41,7 @@ class ProgressBar(Progress):
     def __init__(self, console: Console | None = None) -> None:
         self.losses: RenderableType = ""
         super().__init__(
-            TextColumn("{task.description:<10}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            *bar_columns(10),
             console=console or Console(stderr=True),
             auto_refresh=False,
             speed_estimate_period=_SPEED_WINDOW,

@@ -1,15 +1,35 @@
-"""The losses of a moment as a few lines below a progress bar."""
+"""The parts of progress bars that all hosts share: columns, and the current losses below them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from rich.columns import Columns
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 _ROWS = {"loss/task": "task", "loss/kd": "kd", "loss": "total"}
 _ORDER = ("total", "task", "kd", "eval")
+
+
+def bar_columns(width: int) -> list[ProgressColumn]:
+    """Description of ``width`` characters, bar, count, elapsed time and time left."""
+    return [
+        TextColumn(f"{{task.description:<{width}}}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    ]
 
 
 def loss_table(values: Mapping[str, float]) -> Table:

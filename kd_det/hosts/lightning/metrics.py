@@ -91,7 +91,9 @@ class MetricsWriter(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:
             results: dict[str, dict[str, float]] = pl_module.results  # type: ignore[assignment]
-            flat = {f"{kind}/{k}": v for kind, of in results.items() for k, v in of.items()}
+            flat = {
+                f"{kind}/{k}": v for kind, metrics in results.items() for k, v in metrics.items()
+            }
             self._write(trainer, trainer.global_step - 1, flat)
         # What a validation takes is not the time of an iteration.
         self._reset(trainer)
@@ -111,5 +113,5 @@ class MetricsWriter(Callback):
         curves = {self.tag(name): value for name, value in values.items()}
         for each in trainer.loggers:
             each.log_metrics(curves, step=iteration)
-        told = (f"{k} {v:.4g}" for k, v in values.items() if k.partition("/")[0] not in GROUPS)
-        logger.info("iteration %d: %s", iteration, ", ".join(told))
+        shown = (f"{k} {v:.4g}" for k, v in values.items() if k.partition("/")[0] not in GROUPS)
+        logger.info("iteration %d: %s", iteration, ", ".join(shown))

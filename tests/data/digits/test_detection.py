@@ -15,10 +15,10 @@ from pycocotools.coco import COCO
 
 from kd_det.core.errors import KDError
 from kd_det.data.coco_json import check_coco_json
+from kd_det.data.digits.contact_sheet import draw_contact_sheet
 from kd_det.data.digits.detection import (
     SPLITS,
     DigitsSpec,
-    contact_sheet,
     digits_paths,
     render_image,
     source_digits,
@@ -268,15 +268,14 @@ def test_settings_without_room_for_the_digits_end_in_an_error():
         render_image(crowded, "train", 0)
 
 
-def test_an_unknown_split_is_named(root):
+def test_an_unknown_split_is_named():
     with pytest.raises(KDError, match="'test'"):
         render_image(SMALL, "test", 0)
-    with pytest.raises(KDError, match="'test'"):
-        contact_sheet(root, "test", root / "sheet.png")
 
 
 def test_the_contact_sheet_is_an_image(root, tmp_path):
-    path = contact_sheet(root, "val", tmp_path / "sheets" / "val.png", count=3)
+    files = digits_paths(root)["digits_val"]
+    path = draw_contact_sheet(*files, tmp_path / "sheets" / "val.png", count=3)
     assert cv2.imread(str(path)).ndim == 3
 
 
