@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +25,7 @@ from kd_det.core.taps import Tap, TapRecorder
 from kd_det.core.teacher import FrozenTeacher
 from kd_det.core.terms import Term, check_heads
 from kd_det.hosts.detection.family import IMAGES, Family, crop_to_cells
-from kd_det.hosts.detection.heads import Call, Detector, Step, TeacherStep, recorded_calls
+from kd_det.hosts.detection.heads import Call, Detector, Step, recorded_calls
 from kd_det.hosts.detection.terms import check_detection_terms, check_pairs, refuse_name
 
 CONTEXT = ("anchors", "gt_boxes")
@@ -115,15 +115,15 @@ class DistillationBranch(nn.Module):
         wanted_s = list(dict.fromkeys(s for term in terms for s, _ in term.taps))
         wanted_t = list(dict.fromkeys(t for term in terms for _, t in term.taps))
         table_s, table_t = family.tap_table(student, wanted_s), family.tap_table(teacher, wanted_t)
-        heads_s, heads_t = family.described(student), family.described(teacher)
-        both = [*heads_s.items(), *heads_t.items()]
-        check_heads(terms, {name for name, tap in both if tap.activation == "sigmoid"})
+        taps = [family.described(student), family.described(teacher)]
+        independent = [n for own in taps for n, tap in own.items() if tap.activation == "sigmoid"]
+        check_heads(terms, independent)
         specs = dict(table_t.specs)
         for head, names in family.heads_of(wanted_t):
             specs |= head.teacher_specs(table_s, table_t, names)
-        backgrounds = {n: int(t.background is not None) for n, t in heads_t.items() if t.classes}
+        backgrounds = {n: int(t.background is not None) for n, t in taps[1].items() if t.classes}
         specs = mapped_specs(specs, self.class_map, backgrounds)
-        check_pairs(terms, (table_s.specs, heads_s), (specs, heads_t), table_s.levels)
+        check_pairs(terms, table_s, replace(table_t, specs=specs), taps)
         # The student's random stream must not depend on the adaptors' initialisation.
         with torch.random.fork_rng(devices=[]):
             self.distiller = Distiller(
@@ -142,15 +142,14 @@ class DistillationBranch(nn.Module):
         places: dict[str, Tap | Call] = {IMAGES: Tap("backbone", at="input")}
         places |= family.context_taps(student, self._needs)
         places |= {name: table_s.taps[name] for name in self._maps}
-        for head, names in family.heads_of(
-            [n for n in {*wanted_s, *wanted_t} if n in table_s.specs]
-        ):
+        own = [name for name in dict.fromkeys([*wanted_s, *wanted_t]) if name in table_s.specs]
+        for head, names in family.heads_of(own):
             places |= head.places(student, names)
         if self._uncertain is not None:
             places |= self._uncertain.uncertainty_places(student)
         self._calls = {n: place for n, place in places.items() if isinstance(place, Call)}
-        taps = {n: place for n, place in places.items() if isinstance(place, Tap)}
-        self.student_taps = TapRecorder(student, taps)
+        hooked = {n: place for n, place in places.items() if isinstance(place, Tap)}
+        self.student_taps = TapRecorder(student, hooked)
         self.teacher_taps = TapRecorder(plan.teacher, {n: table_t.taps[n] for n in self._strides})
 
     def distilled_losses(
@@ -196,15 +195,11 @@ class DistillationBranch(nn.Module):
             self.teacher_taps.release()
             padded = step.recorded[IMAGES].shape[-2:]
             values = {n: crop_to_cells(maps[n], padded, s) for n, s in self._strides.items()}
-            seen = TeacherStep(
-                **vars(step),
-                teacher=teacher,
-                features=features,
-                pixels=pixels,
-                class_map=self.class_map,
+            step = replace(
+                step, teacher=teacher, features=features, pixels=pixels, class_map=self.class_map
             )
             for head, names in self._teacher_heads:
-                values |= head.teacher_values(seen, names)
+                values |= head.teacher_values(step, names)
         return values
 
     def _weighted(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:

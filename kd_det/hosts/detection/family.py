@@ -8,10 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_det.bench.looks import evaluating
-from kd_det.core.errors import KDError, fail, nearest
+from kd_det.core.errors import fail, nearest
 from kd_det.core.loss import TapSpec
 from kd_det.core.taps import Tap, TapRecorder
 from kd_det.hosts.detection.heads import Detector, Head, HeadTap, Specs, Step, TapTable
@@ -130,23 +130,17 @@ def map_spec(name: str, value: Any) -> TapSpec:
         KDError: it is no map.
     """
     if not isinstance(value, Tensor) or value.dim() != 4:
-        raise KDError(
-            f"expected {name} to be a map [N, C, H, W]; received "
-            f"{tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}; "
-            "remedy: tap a convolutional layer"
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        fail(
+            expected=f"{name} to be a map [N, C, H, W]",
+            received=str(shape),
+            remedy="tap a convolutional layer",
         )
     return TapSpec(value.shape[1], stride=math.ceil(PROBE_SIZE / value.shape[-1]))
 
 
-def module_spec(model: nn.Module, path: str) -> TapSpec:
-    """Width and stride of the map that a module inside the backbone gives."""
-    return map_spec(path, probe_backbone(model, {path: Tap(path)})[path])
-
-
 def crop_to_cells(value: Tensor, padded: Sequence[int], stride: int) -> Tensor:
-    """Cut what only the teacher's padding added to a map.
-
-    Both sides' maps begin at the same pixel.
+    """Cut what only the teacher's padding added to a map; both sides begin at the same pixel.
 
     Args:
         value: ``[..., H, W]``.

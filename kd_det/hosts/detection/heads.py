@@ -8,14 +8,16 @@ and the values of images go over that list; nothing else knows a head by its nam
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from kd_det.core.class_map import ClassMap, map_logits
+from kd_det.core.errors import fail
 from kd_det.core.loss import TapSpec
 from kd_det.core.taps import Tap
 
@@ -84,7 +86,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Step:
-    """One training step of the student, as its heads see it.
+    """One training step as the heads see it.
 
     Attributes:
         student: the stock student; None in a pre-stage, where the teacher is alone.
@@ -92,25 +94,16 @@ class Step:
             family. A head may store here what it computes for both sides.
         batch: what the student was called with.
         levels: see :class:`TapTable`.
+        teacher: for the teacher's values, the stock teacher in eval mode and without gradients.
+        features: the output of its backbone, of the whole padded batch.
+        pixels: the input of its backbone, ``[N, 3, H, W]``.
+        class_map: from the teacher's classes to the student's; None where they agree.
     """
 
     student: Detector
     recorded: dict[str, Any]
     batch: Any = None
     levels: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class TeacherStep(Step):
-    """The same step on the teacher's side, after the teacher's backbone has run.
-
-    Attributes:
-        teacher: the stock teacher, in eval mode and without gradients.
-        features: the output of its backbone, of the whole padded batch.
-        pixels: the input of its backbone, ``[N, 3, H, W]``.
-        class_map: from the teacher's classes to the student's; None where they agree.
-    """
-
     teacher: Detector = None
     features: Mapping[str, Tensor] = field(default_factory=dict)
     pixels: Tensor | None = None
@@ -164,7 +157,7 @@ class Head(ABC):
         return {name: step.recorded[name] for name in wanted}
 
     @abstractmethod
-    def teacher_values(self, step: TeacherStep, wanted: Collection[str]) -> dict[str, Any]:
+    def teacher_values(self, step: Step, wanted: Collection[str]) -> dict[str, Any]:
         """The teacher's value of each wanted tap, row by row aligned with the student's."""
 
     def uncertainty_places(self, model: Detector) -> dict[str, Tap | Call]:
@@ -179,29 +172,57 @@ class Head(ABC):
 @contextmanager
 def recorded_calls(model: nn.Module, calls: Mapping[str, Call]) -> Iterator[dict[str, Any]]:
     """What the last call of each method gave, by name, while the block runs."""
-    found: dict[str, Any] = {}
-    with ExitStack() as stack:
+    captures: dict[str, Any] = {}
+    replaced = []
+    try:
         for name, call in calls.items():
-            stack.enter_context(_recorded_call(model.get_submodule(call.path), name, call, found))
-        yield found
+            owner = model.get_submodule(call.path)
+            replaced.append((owner, call.method, vars(owner).get(call.method)))
+            setattr(owner, call.method, _recording(name, call, owner, captures))
+        yield captures
+    finally:
+        for owner, method, own in reversed(replaced):
+            # Without an attribute of the instance the method of the class is there again.
+            delattr(owner, method)
+            if own is not None:
+                setattr(owner, method, own)
 
 
-@contextmanager
-def _recorded_call(
-    owner: nn.Module, name: str, call: Call, found: dict[str, Any]
-) -> Iterator[None]:
-    own, stock = vars(owner).get(call.method), getattr(owner, call.method)
+def _recording(name: str, call: Call, owner: nn.Module, captures: dict[str, Any]) -> Any:
+    stock = getattr(owner, call.method)
 
     def record(*args: Any, **kwargs: Any) -> Any:
         result = stock(*args, **kwargs)
-        found[name] = result if call.argument is None else args[call.argument]
+        captures[name] = result if call.argument is None else args[call.argument]
         return result
 
-    setattr(owner, call.method, record)
-    try:
-        yield
-    finally:
-        # Without an attribute of the instance the method of the class is there again.
-        delattr(owner, call.method)
-        if own is not None:
-            setattr(owner, call.method, own)
+    return record
+
+
+def check_anchors(
+    student: TapTable, teacher: TapTable, per_cell: Callable[[Detector], Sequence[int]]
+) -> None:
+    """Refuse dense heads whose rows do not correspond one to one.
+
+    Args:
+        student: what the student offers.
+        teacher: what the teacher offers.
+        per_cell: a detector's anchors per cell of each level.
+    """
+    layouts = [dict(zip(t.levels, per_cell(t.model), strict=True)) for t in (student, teacher)]
+    if layouts[0] != layouts[1]:
+        fail(
+            expected="dense heads with the same levels and the same anchors per cell",
+            received=f"student {layouts[0]}, teacher {layouts[1]}",
+            remedy="use the same levels and anchors on both sides, or distil features",
+        )
+
+
+def own_channel(masks: Tensor, classes: Tensor) -> Tensor:
+    """``[R, K, M, M] -> [R, M, M]``: of every row the channel of its class.
+
+    The other channels are not trained and hold noise. A class-agnostic head has one channel.
+    """
+    if masks.shape[1] == 1:
+        return masks[:, 0]
+    return masks[torch.arange(len(classes), device=masks.device), classes]

@@ -6,10 +6,11 @@ import inspect
 from collections.abc import Mapping, Sequence
 
 from kd_det.core.errors import check_known, fail
+from kd_det.core.loss import TapSpec
 from kd_det.core.registry import LOSSES
 from kd_det.core.terms import Term
 from kd_det.hosts.detection.family import Family
-from kd_det.hosts.detection.heads import HeadTap, Specs
+from kd_det.hosts.detection.heads import HeadTap, TapTable
 
 
 def check_detection_terms(terms: Sequence[Term], family: Family) -> None:
@@ -49,52 +50,59 @@ def refuse_name(names: str) -> None:
 
 def check_pairs(
     terms: Sequence[Term],
-    student: tuple[Specs, Mapping[str, HeadTap]],
-    teacher: tuple[Specs, Mapping[str, HeadTap]],
-    levels: Sequence[str],
+    student: TapTable,
+    teacher: TapTable,
+    taps: Sequence[Mapping[str, HeadTap]],
 ) -> None:
     """Refuse pairs of taps whose comparison would mean nothing.
 
     Args:
         terms: their taps are known on both sides.
-        student: specs by tap name, and the taps of its heads.
-        teacher: likewise, in the student's classes.
-        levels: the student's taps that anchors are on.
+        student: what the student offers.
+        teacher: what the teacher offers, with specs in the student's classes.
+        taps: of the heads of both, as their options make them.
 
     Raises:
         KDError: a loss over anchors on another map, logits of classes beside something else, or
-            class counts that differ.
+            classes of another number or activation.
     """
     for term in terms:
         loss = LOSSES.get(term.loss)
         over_classes = "activation" in inspect.signature(loss.__init__).parameters
         for s, t in term.taps:
             if "anchors" in loss.needs:
-                check_known(f"tap with anchors for term '{term.name}'", s, levels)
-            heads = [student[1].get(s), teacher[1].get(t)]
-            classes = [head is not None and head.classes for head in heads]
-            if s != t and any(classes) and over_classes:
+                check_known(f"tap with anchors for term '{term.name}'", s, student.levels)
+            heads = [tap for tap in (taps[0].get(s), taps[1].get(t)) if tap and tap.classes]
+            if s != t and heads and over_classes:
                 fail(
                     expected=f"term '{term.name}' to compare logits with the same logits",
                     received=f"{s} with {t}",
-                    remedy=f"write TAPS: [{s if classes[0] else t}]",
+                    remedy=f"write TAPS: [{s}]",
                 )
-            if s == t and all(classes):
-                counts = [_classes(side, s) for side in (student, teacher)]
-                if counts[0] != counts[1]:
-                    fail(
-                        expected=f"student and teacher of term '{term.name}' ({s}) to have the "
-                        "same classes",
-                        received=f"student {counts[0]} classes, teacher {counts[1]} classes",
-                        remedy="map the teacher's classes (KD.CLASS_MAP), or distil features only",
-                    )
+            if s == t and len(heads) == 2:
+                _check_classes(term.name, s, heads, [student.specs[s], teacher.specs[s]])
 
 
-def _classes(side: tuple[Specs, Mapping[str, HeadTap]], tap: str) -> int:
-    specs, taps = side
-    spec = specs[tap]
-    channels = (spec[0] if isinstance(spec, list) else spec).channels
-    return channels - (taps[tap].background is not None)
+def _check_classes(
+    term: str, tap: str, heads: Sequence[HeadTap], specs: Sequence[TapSpec | list[TapSpec]]
+) -> None:
+    firsts = [spec[0] if isinstance(spec, list) else spec for spec in specs]
+    counts = [
+        spec.channels - (head.background is not None)
+        for spec, head in zip(firsts, heads, strict=True)
+    ]
+    if counts[0] != counts[1]:
+        fail(
+            expected=f"student and teacher of term '{term}' ({tap}) to have the same classes",
+            received=f"student {counts[0]} classes, teacher {counts[1]} classes",
+            remedy="map the teacher's classes (KD.CLASS_MAP), or distil features only",
+        )
+    if heads[0].activation != heads[1].activation:
+        fail(
+            expected=f"heads of one kind on both sides of term '{term}' ({tap})",
+            received=f"a student with {heads[0].activation}, a teacher with {heads[1].activation}",
+            remedy="set MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE alike, or distil features",
+        )
 
 
 def _check_rows(term: Term, family: Family) -> None:

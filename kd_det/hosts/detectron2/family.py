@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kd_det.core.loss import TapSpec
 from kd_det.core.taps import Tap
-from kd_det.hosts.detection.family import Family, module_spec
+from kd_det.hosts.detection.family import Family, map_spec, probe_backbone
 from kd_det.hosts.detection.heads import Detector, Specs, Step, TapTable
 from kd_det.hosts.detectron2.heads import BoxHead, DenseHead, MaskHead, is_dense
 
@@ -41,7 +41,8 @@ class Detectron2Family(Family):
             specs[alias] = TapSpec(shape.channels, shape.stride)
         for path in wanted:
             if path not in taps and path.startswith("backbone."):
-                taps[path], specs[path] = Tap(path), module_spec(model, path)
+                taps[path] = Tap(path)
+                specs[path] = map_spec(path, probe_backbone(model, {path: Tap(path)})[path])
         return TapTable(model, taps, specs, _anchor_levels(model))
 
     def context_taps(self, model: Detector, needs: Collection[str]) -> dict[str, Tap]:

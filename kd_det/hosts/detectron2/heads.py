@@ -17,11 +17,11 @@ from typing import Any, ClassVar
 
 import torch
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from kd_det.core.adaptors import crop_to
-from kd_det.core.class_map import ClassMap, map_labels
+from kd_det.core.class_map import map_labels
 from kd_det.core.errors import fail
 from kd_det.core.loss import TapSpec
 from kd_det.core.taps import Tap
@@ -33,7 +33,8 @@ from kd_det.hosts.detection.heads import (
     Specs,
     Step,
     TapTable,
-    TeacherStep,
+    check_anchors,
+    own_channel,
 )
 from kd_det.hosts.detection.uncertainty import anchor_values, roi_values
 
@@ -82,25 +83,12 @@ class BoxHead(Head):
         """One entry of logits per cascade stage of the student, as :meth:`teacher_values` answers.
 
         Raises:
-            KDError: logits that mean different things, or cascades of different length.
+            KDError: logits of cascades of different length.
         """
         specs = self.specs(teacher.model)
-        if "box_logits" not in wanted or not self.specs(student.model):
+        if "box_logits" not in wanted or "box_logits" not in student.specs:
             return specs
-        models = (student.model, teacher.model)
-        kinds = [
-            "independent classes (USE_SIGMOID_CE)"
-            if self.describe(model)["box_logits"].activation == "sigmoid"
-            else "classes that exclude each other"
-            for model in models
-        ]
-        if kinds[0] != kinds[1]:
-            fail(
-                expected="box heads of one kind on both sides for box_logits",
-                received=f"a student with {kinds[0]}, a teacher with {kinds[1]}",
-                remedy="set MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE alike, or distil features",
-            )
-        stages = [num_box_stages(model) for model in models]
+        stages = [num_box_stages(side.model) for side in (student, teacher)]
         if stages[0] == stages[1]:
             return specs
         if 1 not in stages:
@@ -128,39 +116,33 @@ class BoxHead(Head):
         return taps
 
     def student_values(self, step: Step, wanted: Collection[str]) -> dict[str, Any]:
-        values = {name: step.recorded[name] for name in wanted if name != "box_logits"}
+        values = {name: step.recorded.get(name) for name in wanted}
         if "box_logits" in wanted:
             stages = range(num_box_stages(step.student))
             logits = [step.recorded[f"box_logits.{stage}"] for stage in stages]
             values["box_logits"] = self._trained(step.student, logits)
         return values
 
-    def teacher_values(self, step: TeacherStep, wanted: Collection[str]) -> dict[str, Any]:
-        """From one pass through the teacher's box branch, only as far as it is needed."""
+    def teacher_values(self, step: Step, wanted: Collection[str]) -> dict[str, Any]:
+        """From one pass through the teacher's box branch."""
         teacher, roi_heads = step.teacher, step.teacher.roi_heads
         levels = [step.features[name] for name in roi_heads.box_in_features]
         branches, boxes = box_branches(teacher), staged_boxes(step)
         with_logits = "box_logits" in wanted
+        averaged = with_logits and len(branches) != len(boxes)
         tap = self.describe(teacher)["box_logits"]
-        same_stages = len(branches) == len(boxes) or not with_logits
-        values: dict[str, Any] = {}
-        logits = []
-        for stage, stage_boxes in enumerate(boxes if with_logits else boxes[:1]):
-            pooled = roi_heads.box_pooler(levels, list(stage_boxes))
-            if stage == 0:
-                values["box_pooled"] = pooled
-            if not with_logits and "box_features" not in wanted:
-                break
-            heads = branches[stage : stage + 1] if same_stages else branches
+        values: dict[str, Any] = {"box_logits": []}
+        for stage, own in enumerate(boxes if with_logits else boxes[:1]):
+            pooled = roi_heads.box_pooler(levels, list(own))
+            heads = branches if averaged else branches[stage : stage + 1]
             outputs = [head(pooled) for head, _ in heads]
             if stage == 0:
-                values["box_features"] = outputs[0]
+                values |= {"box_pooled": pooled, "box_features": outputs[0]}
             if with_logits:
                 scores = [p(output)[0] for (_, p), output in zip(heads, outputs, strict=True)]
                 scores = self._trained(teacher, scores)
-                answer = scores[0] if same_stages else _mean_score(scores, tap)
-                logits.append(tap.mapped(answer, step.class_map))
-        values["box_logits"] = logits
+                answer = _mean_score(scores, tap) if averaged else scores[0]
+                values["box_logits"].append(tap.mapped(answer, step.class_map))
         return {name: values[name] for name in wanted}
 
     def image_values(self, step: Step) -> Tensor:
@@ -196,16 +178,18 @@ class MaskHead(Head):
         }
 
     def student_values(self, step: Step, wanted: Collection[str]) -> dict[str, Any]:
-        seen = step.recorded
-        return {"mask_logits": _own_class(seen["mask_logits"], seen["mask_instances"])}
+        return {"mask_logits": own_channel(step.recorded["mask_logits"], self._classes(step))}
 
-    def teacher_values(self, step: TeacherStep, wanted: Collection[str]) -> dict[str, Any]:
+    def teacher_values(self, step: Step, wanted: Collection[str]) -> dict[str, Any]:
         roi_heads = step.teacher.roi_heads
         levels = [step.features[name] for name in roi_heads.mask_in_features]
         pooled = roi_heads.mask_pooler(levels, list(step.recorded["mask_boxes"]))
         logits = roi_heads.mask_head.layers(pooled)
-        instances = step.recorded["mask_instances"]
-        return {"mask_logits": _own_class(logits, instances, step.class_map)}
+        classes = map_labels(self._classes(step), step.class_map)
+        return {"mask_logits": own_channel(logits, classes)}
+
+    def _classes(self, step: Step) -> Tensor:
+        return torch.cat([x.gt_classes for x in step.recorded["mask_instances"]])
 
 
 class DenseHead(Head):
@@ -219,16 +203,7 @@ class DenseHead(Head):
 
     def teacher_specs(self, student: TapTable, teacher: TapTable, wanted: Collection[str]) -> Specs:
         """Refuse heads whose predictions do not correspond one to one."""
-        layouts = [
-            (side.levels, list(side.model.anchor_generator.num_anchors))
-            for side in (student, teacher)
-        ]
-        if layouts[0] != layouts[1]:
-            fail(
-                expected="dense heads with the same levels and anchors per cell",
-                received=f"student {layouts[0]}, teacher {layouts[1]}",
-                remedy="use a teacher of the same architecture, or distil features",
-            )
+        check_anchors(student, teacher, lambda model: model.anchor_generator.num_anchors)
         return self.specs(teacher.model)
 
     def places(self, model: Detector, wanted: Collection[str]) -> dict[str, Tap]:
@@ -238,7 +213,7 @@ class DenseHead(Head):
         levels = step.recorded["cls_logits"]
         return {"cls_logits": _dense_rows(levels, step.student.num_classes, levels)}
 
-    def teacher_values(self, step: TeacherStep, wanted: Collection[str]) -> dict[str, Any]:
+    def teacher_values(self, step: Step, wanted: Collection[str]) -> dict[str, Any]:
         teacher = step.teacher
         logits = teacher.head([step.features[name] for name in teacher.head_in_features])[0]
         rows = _dense_rows(logits, teacher.num_classes, step.recorded["cls_logits"])
@@ -290,24 +265,6 @@ def _mean_score(stages: Sequence[Tensor], tap: HeadTap) -> Tensor:
         return scores.softmax(dim=-1).mean(dim=0).log()
     # Beyond eps float32 cannot tell a mean from 0 or 1.
     return scores.sigmoid().mean(dim=0).logit(eps=1e-6)
-
-
-def _own_class(
-    logits: Tensor, instances: Sequence[Instances], class_map: ClassMap | None = None
-) -> Tensor:
-    """``[R', K, M, M] -> [R', M, M]``: each box's map for its ground-truth class.
-
-    The other classes' maps are never trained and hold noise.
-
-    Args:
-        logits: of all classes; ``[R', 1, M, M]`` of a class-agnostic head.
-        instances: per image, the boxes with the student's ``gt_classes``.
-        class_map: from the student's classes to those of ``logits``, for the teacher's.
-    """
-    if logits.shape[1] == 1:
-        return logits[:, 0]
-    classes = map_labels(torch.cat([x.gt_classes for x in instances]), class_map)
-    return logits[torch.arange(len(classes), device=logits.device), classes]
 
 
 def _dense_rows(logits: Sequence[Tensor], num_classes: int, like: Sequence[Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ from kd_det.core.distributed import rank
 from kd_det.core.errors import fail
 from kd_det.core.taps import Tap, TapRecorder
 from kd_det.hosts.base import Teacher
-from kd_det.hosts.detection.heads import TeacherStep
+from kd_det.hosts.detection.heads import Step
 from kd_det.hosts.detectron2.datasets import training_dicts
 from kd_det.hosts.detectron2.family import FAMILY
 from kd_det.hosts.detectron2.heads import BOXES
@@ -162,7 +162,7 @@ class TeacherCaptures:
             if self._box_taps:
                 truth = [x["instances"].to(model.device) for x in batched_inputs]
                 sampled = model.roi_heads.label_and_sample_proposals(values["proposals"], truth)
-                step = TeacherStep(
+                step = Step(
                     None,
                     {BOXES: [own.proposal_boxes for own in sampled]},
                     teacher=model,

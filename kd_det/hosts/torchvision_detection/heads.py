@@ -35,7 +35,8 @@ from kd_det.hosts.detection.heads import (
     Specs,
     Step,
     TapTable,
-    TeacherStep,
+    check_anchors,
+    own_channel,
 )
 from kd_det.hosts.detection.uncertainty import anchor_values, roi_values
 
@@ -77,7 +78,7 @@ class BoxHead(Head):
         boxes = Tap("roi_heads.box_roi_pool", at="input", select=1)
         return {BOXES: boxes, **{name: self._places[name] for name in wanted}}
 
-    def teacher_values(self, step: TeacherStep, wanted: Collection[str]) -> dict[str, Any]:
+    def teacher_values(self, step: Step, wanted: Collection[str]) -> dict[str, Any]:
         """From one pass through the teacher's box branch, only as far as it is needed."""
         heads = step.teacher.roi_heads
         pooled = heads.box_roi_pool(step.features, step.recorded[BOXES], sizes(step))
@@ -112,20 +113,29 @@ class MaskHead(Head):
         }
 
     def student_values(self, step: Step, wanted: Collection[str]) -> dict[str, Any]:
-        masks = step.recorded["mask_logits"]
-        return {"mask_logits": _select_class(masks, self._classes(step))}
+        return {"mask_logits": own_channel(step.recorded["mask_logits"], self._classes(step))}
 
-    def teacher_values(self, step: TeacherStep, wanted: Collection[str]) -> dict[str, Any]:
+    def teacher_values(self, step: Step, wanted: Collection[str]) -> dict[str, Any]:
         heads = step.teacher.roi_heads
         pooled = heads.mask_roi_pool(step.features, step.recorded["mask_boxes"], sizes(step))
         masks = heads.mask_predictor(heads.mask_head(pooled))
         labels = map_labels(self._classes(step), step.class_map, first=1)
-        return {"mask_logits": _select_class(masks, labels)}
+        return {"mask_logits": own_channel(masks, labels)}
 
+    @torch.no_grad()
     def _classes(self, step: Step) -> Tensor:
-        """Labels of the ground truth of the positive RoIs, ``[R']``, found once in a step."""
+        """Labels ``[R']`` of the ground truth that the positive RoIs were matched to.
+
+        By torchvision's own rule, once in a step.
+        """
         if "mask_classes" not in step.recorded:
-            step.recorded["mask_classes"] = true_classes(step, step.recorded["mask_boxes"])
+            boxes, (_, targets) = step.recorded["mask_boxes"], step.recorded[TRANSFORMED]
+            _, labels = step.student.roi_heads.assign_targets_to_proposals(
+                boxes,
+                [t["boxes"].to(b.dtype) for t, b in zip(targets, boxes, strict=True)],
+                [t["labels"] for t in targets],
+            )
+            step.recorded["mask_classes"] = torch.cat(labels)
         return step.recorded["mask_classes"]
 
 
@@ -143,22 +153,7 @@ class DenseHead(Head):
 
     def teacher_specs(self, student: TapTable, teacher: TapTable, wanted: Collection[str]) -> Specs:
         """Refuse heads whose predictions do not correspond one to one."""
-        layouts = [
-            dict(
-                zip(
-                    side.levels,
-                    side.model.anchor_generator.num_anchors_per_location(),
-                    strict=True,
-                )
-            )
-            for side in (student, teacher)
-        ]
-        if layouts[0] != layouts[1]:
-            fail(
-                expected="student and teacher to have the same anchors for cls_logits",
-                received=f"anchors per cell: student {layouts[0]}, teacher {layouts[1]}",
-                remedy="use the same MODEL.FPN.LEVELS and MODEL.ANCHOR_GENERATOR on both sides",
-            )
+        check_anchors(student, teacher, lambda m: m.anchor_generator.num_anchors_per_location())
         return self.specs(teacher.model)
 
     def places(self, model: Detector, wanted: Collection[str]) -> dict[str, Tap]:
@@ -167,7 +162,7 @@ class DenseHead(Head):
     def student_values(self, step: Step, wanted: Collection[str]) -> dict[str, Any]:
         return {"cls_logits": step.recorded["cls_logits"].flatten(0, 1)}
 
-    def teacher_values(self, step: TeacherStep, wanted: Collection[str]) -> dict[str, Any]:
+    def teacher_values(self, step: Step, wanted: Collection[str]) -> dict[str, Any]:
         own = step.recorded[FEATURES]
         levels = [crop_to(step.features[key], value) for key, value in own.items()]
         rows = step.teacher.head.classification_head(levels).flatten(0, 1)
@@ -191,41 +186,13 @@ class DenseHead(Head):
         )
 
 
-def sizes(step: TeacherStep) -> list[tuple[int, int]]:
+def sizes(step: Step) -> list[tuple[int, int]]:
     """Image sizes for a pooler of the teacher, which takes the scale of its levels from them.
 
     Those of the padded batch are exact where the teacher pads more than the student.
     """
     count, _, height, width = step.pixels.shape
     return [(height, width)] * count
-
-
-@torch.no_grad()
-def true_classes(step: Step, boxes: list[Tensor]) -> Tensor:
-    """Labels of the ground truth that positive RoIs were matched to, by torchvision's own rule.
-
-    Args:
-        step: of the detector whose ``roi_heads`` chose the RoIs.
-        boxes: per image, the RoIs ``[R', 4]``.
-
-    Returns:
-        ``[R']``, image by image.
-    """
-    targets = step.recorded[TRANSFORMED][1]
-    _, labels = step.student.roi_heads.assign_targets_to_proposals(
-        boxes,
-        [t["boxes"].to(b.dtype) for t, b in zip(targets, boxes, strict=True)],
-        [t["labels"] for t in targets],
-    )
-    return torch.cat(labels)
-
-
-def _select_class(masks: Tensor, labels: Tensor) -> Tensor:
-    """``[R', K + 1, M, M] -> [R', M, M]``: of every positive RoI the channel of its true class.
-
-    The other channels are not trained and hold noise.
-    """
-    return masks[torch.arange(len(masks), device=masks.device), labels]
 
 
 def _score_layer(model: Detector) -> nn.Linear:
