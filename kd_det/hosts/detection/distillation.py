@@ -115,15 +115,15 @@ class DistillationBranch(nn.Module):
         wanted_s = list(dict.fromkeys(s for term in terms for s, _ in term.taps))
         wanted_t = list(dict.fromkeys(t for term in terms for _, t in term.taps))
         table_s, table_t = family.tap_table(student, wanted_s), family.tap_table(teacher, wanted_t)
-        taps = [family.described(student), family.described(teacher)]
-        independent = [n for own in taps for n, tap in own.items() if tap.activation == "sigmoid"]
-        check_heads(terms, independent)
+        heads = [*table_s.heads.items(), *table_t.heads.items()]
+        check_heads(terms, {name for name, tap in heads if tap.activation == "sigmoid"})
         specs = dict(table_t.specs)
         for head, names in family.heads_of(wanted_t):
             specs |= head.teacher_specs(table_s, table_t, names)
-        backgrounds = {n: int(t.background is not None) for n, t in taps[1].items() if t.classes}
+        classes = {name: tap for name, tap in table_t.heads.items() if tap.classes}
+        backgrounds = {name: int(tap.background is not None) for name, tap in classes.items()}
         specs = mapped_specs(specs, self.class_map, backgrounds)
-        check_pairs(terms, table_s, replace(table_t, specs=specs), taps)
+        check_pairs(terms, table_s, replace(table_t, specs=specs))
         # The student's random stream must not depend on the adaptors' initialisation.
         with torch.random.fork_rng(devices=[]):
             self.distiller = Distiller(

@@ -14,7 +14,7 @@ from kd_det.bench.looks import evaluating
 from kd_det.core.errors import fail, nearest
 from kd_det.core.loss import TapSpec
 from kd_det.core.taps import Tap, TapRecorder
-from kd_det.hosts.detection.heads import Detector, Head, HeadTap, Specs, Step, TapTable
+from kd_det.hosts.detection.heads import Detector, Head, Specs, Step, TapTable
 
 #: The student's padded batch, recorded in every step.
 IMAGES = "images"
@@ -57,9 +57,11 @@ class Family(ABC):
             KDError: a wanted name is neither a tap of this model nor a module in its backbone.
         """
         maps = self.features(model, wanted)
-        specs = Specs(maps.specs)
+        specs, heads = Specs(maps.specs), dict(maps.heads)
         for head in self.heads:
-            specs |= head.specs(model)
+            if own := head.specs(model):
+                specs |= own
+                heads |= {name: tap for name, tap in head.describe(model).items() if name in own}
         for name in wanted:
             if name not in specs:
                 fail(
@@ -67,7 +69,7 @@ class Family(ABC):
                     received=f"'{name}'",
                     remedy=nearest(name, specs),
                 )
-        return replace(maps, specs=specs)
+        return replace(maps, specs=specs, heads=heads)
 
     def rows(self, tap: str) -> str:
         """What dimension 0 of a tap counts; images for maps of the backbone."""
@@ -82,18 +84,10 @@ class Family(ABC):
         """Names of the taps whose channels are classes."""
         return [name for head in self.heads for name, tap in head.taps.items() if tap.classes]
 
-    def described(self, model: Detector) -> dict[str, HeadTap]:
-        """The taps of the heads that ``model`` has, as its options make them."""
-        taps: dict[str, HeadTap] = {}
-        for head in self.heads:
-            if specs := head.specs(model):
-                taps |= {n: tap for n, tap in head.describe(model).items() if n in specs}
-        return taps
-
     def heads_of(self, wanted: Collection[str]) -> list[tuple[Head, list[str]]]:
         """The heads that have some of the wanted taps, with these."""
-        found = [(head, [name for name in wanted if name in head.taps]) for head in self.heads]
-        return [(head, names) for head, names in found if names]
+        pairs = [(head, [name for name in wanted if name in head.taps]) for head in self.heads]
+        return [(head, names) for head, names in pairs if names]
 
     def uncertain_head(self, specs: Mapping[str, Any]) -> Head:
         """The head of a student whose logits tell how uncertain it is.

@@ -35,8 +35,8 @@ class HeadTap:
     """What one tap of a head delivers.
 
     Attributes:
-        rows: what dimension 0 counts: ``"images"``, ``"RoIs"``, ``"positive RoIs"``,
-            ``"anchors"``. Only taps with the same rows correspond.
+        rows: what dimension 0 counts: ``"images"``, ``"RoIs"``, ``"positive RoIs"``, ``"anchors"``
+            or something else. Only taps with the same rows correspond.
         activation: what the head was trained with; None for what is no logit.
         background: where the background stands among the channels, if there is one.
         classes: whether the channels are the classes, which a class map translates.
@@ -61,12 +61,14 @@ class TapTable:
         taps: where maps of its backbone are recorded, by tap name.
         specs: of these maps and of the taps of its heads.
         levels: tap names of the maps that anchors are on, in the anchor generator's order.
+        heads: the taps of its heads, as its options make them.
     """
 
     model: Detector
     taps: dict[str, Tap]
     specs: Specs
     levels: list[str]
+    heads: Mapping[str, HeadTap] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class Head(ABC):
         return self.specs(teacher.model)
 
     @abstractmethod
-    def places(self, model: Detector, wanted: Collection[str]) -> dict[str, Tap]:
+    def places(self, model: Detector, wanted: Collection[str]) -> Mapping[str, Tap | Call]:
         """What to record on the student for the wanted taps of either side.
 
         Names beside those of taps are the head's own (sampled boxes, matched ground truth).
@@ -160,9 +162,9 @@ class Head(ABC):
     def teacher_values(self, step: Step, wanted: Collection[str]) -> dict[str, Any]:
         """The teacher's value of each wanted tap, row by row aligned with the student's."""
 
-    def uncertainty_places(self, model: Detector) -> dict[str, Tap | Call]:
+    def uncertainty_places(self, model: Detector) -> Mapping[str, Tap | Call]:
         """What :meth:`image_values` needs recorded."""
-        return dict(self.places(model, [self.uncertain] if self.uncertain else []))
+        return self.places(model, [self.uncertain] if self.uncertain else [])
 
     def image_values(self, step: Step) -> Tensor:
         """How uncertain the student is about each image, ``[N]`` in 0..1, without a gradient."""

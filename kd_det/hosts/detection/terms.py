@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from kd_det.core.errors import check_known, fail
 from kd_det.core.loss import TapSpec
@@ -48,19 +48,13 @@ def refuse_name(names: str) -> None:
     )
 
 
-def check_pairs(
-    terms: Sequence[Term],
-    student: TapTable,
-    teacher: TapTable,
-    taps: Sequence[Mapping[str, HeadTap]],
-) -> None:
+def check_pairs(terms: Sequence[Term], student: TapTable, teacher: TapTable) -> None:
     """Refuse pairs of taps whose comparison would mean nothing.
 
     Args:
         terms: their taps are known on both sides.
         student: what the student offers.
         teacher: what the teacher offers, with specs in the student's classes.
-        taps: of the heads of both, as their options make them.
 
     Raises:
         KDError: a loss over anchors on another map, logits of classes beside something else, or
@@ -72,7 +66,8 @@ def check_pairs(
         for s, t in term.taps:
             if "anchors" in loss.needs:
                 check_known(f"tap with anchors for term '{term.name}'", s, student.levels)
-            heads = [tap for tap in (taps[0].get(s), taps[1].get(t)) if tap and tap.classes]
+            both = (student.heads.get(s), teacher.heads.get(t))
+            heads = [tap for tap in both if tap is not None and tap.classes]
             if s != t and heads and over_classes:
                 fail(
                     expected=f"term '{term.name}' to compare logits with the same logits",

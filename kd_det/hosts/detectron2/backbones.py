@@ -4,7 +4,7 @@ Shape legend: ``N`` images, ``C`` channels, ``H, W`` input height and width. A l
 ``res3`` or ``p3`` has stride ``2 ** 3``.
 
 * :class:`MobileNetV2`, whose layers are torchvision's own blocks, alone or under Detectron2's FPN.
-* A residual network of free width and depth under Detectron2's FPN: the stock builder insists on
+* A residual network of free width and depth under Detectron2's FPN: the stock builder requires
   64 channels for basic blocks, which is too wide to train on a CPU.
 """
 
@@ -23,15 +23,6 @@ from torch import Tensor, nn
 from torchvision.models import mobilenet_v2
 
 from kd_det.core.errors import check_choice, fail, nearest
-
-__all__ = [
-    "MOBILENETV2_STAGES",
-    "MobileNetV2",
-    "add_backbone_config",
-    "build_basic_resnet_fpn_backbone",
-    "build_mobilenetv2_fpn_backbone",
-    "build_retinanet_mobilenetv2_fpn_backbone",
-]
 
 #: Which of torchvision's ``features`` make up which stage, as half-open ranges. As in a ResNet, a
 #: stage is all the layers of one stride, except that ``stem`` ends at stride 2. The last entry of
@@ -205,8 +196,8 @@ def _build_mobilenetv2(cfg: CfgNode, input_shape: ShapeSpec) -> MobileNetV2:
 def _build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: str) -> FPN:
     """Put the stock FPN of ``cfg.MODEL.FPN`` on ``bottom_up``.
 
-    The stock builders hang the top block on level 5 by name. Here it follows the last level there
-    is, so that a pyramid may end at stride 16.
+    The stock builders put the top block on level 5 by name. Here it follows the last level, so that
+    a pyramid may end at stride 16.
     """
     check_choice("MODEL.BASIC_RESNET.TOP_BLOCK", top_block, TOP_BLOCKS)
     last = cfg.MODEL.FPN.IN_FEATURES[-1]

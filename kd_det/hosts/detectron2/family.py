@@ -19,7 +19,7 @@ from kd_det.core.loss import TapSpec
 from kd_det.core.taps import Tap
 from kd_det.hosts.detection.family import Family, map_spec, probe_backbone
 from kd_det.hosts.detection.heads import Detector, Specs, Step, TapTable
-from kd_det.hosts.detectron2.heads import BoxHead, DenseHead, MaskHead, is_dense
+from kd_det.hosts.detectron2.heads import BoxHead, DenseHead, MaskHead
 
 
 class Detectron2Family(Family):
@@ -48,8 +48,8 @@ class Detectron2Family(Family):
     def context_taps(self, model: Detector, needs: Collection[str]) -> dict[str, Tap]:
         if "anchors" not in needs:
             return {}
-        path = "anchor_generator" if is_dense(model) else "proposal_generator.anchor_generator"
-        return {"anchors": Tap(path)}
+        owner = "" if hasattr(model, "anchor_generator") else "proposal_generator."
+        return {"anchors": Tap(f"{owner}anchor_generator")}
 
     def anchors(self, step: Step) -> dict[str, Tensor]:
         levels = zip(step.levels, step.recorded["anchors"], strict=True)
@@ -61,7 +61,7 @@ class Detectron2Family(Family):
 
 
 def _anchor_levels(model: Detector) -> list[str]:
-    if is_dense(model):
+    if hasattr(model, "head_in_features"):
         return list(model.head_in_features)
     return list(getattr(model.proposal_generator, "in_features", []))
 

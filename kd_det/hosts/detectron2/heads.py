@@ -69,13 +69,12 @@ class BoxHead(Head):
         branches = box_branches(model)
         level = model.backbone.output_shape()[roi_heads.box_in_features[0]]
         out = branches[0][0].output_shape
+        # A head without fully connected layers delivers maps.
+        size = (out.height, out.width) if out.height else None
         stages = [TapSpec(p.num_classes + (not p.use_sigmoid_ce)) for _, p in branches]
         return {
             "box_pooled": TapSpec(level.channels, size=roi_heads.box_pooler.output_size),
-            # A head without fully connected layers delivers maps.
-            "box_features": TapSpec(
-                out.channels, size=(out.height, out.width) if out.height else None
-            ),
+            "box_features": TapSpec(out.channels, size=size),
             "box_logits": stages if len(stages) > 1 else stages[0],
         }
 
@@ -88,7 +87,7 @@ class BoxHead(Head):
         specs = self.specs(teacher.model)
         if "box_logits" not in wanted or "box_logits" not in student.specs:
             return specs
-        stages = [num_box_stages(side.model) for side in (student, teacher)]
+        stages = [len(box_branches(side.model)) for side in (student, teacher)]
         if stages[0] == stages[1]:
             return specs
         if 1 not in stages:
@@ -102,7 +101,7 @@ class BoxHead(Head):
         return {**specs, "box_logits": [first] * stages[0]}
 
     def places(self, model: Detector, wanted: Collection[str]) -> dict[str, Tap]:
-        stages = num_box_stages(model)
+        stages = len(box_branches(model))
         paths = [f".{stage}" if stages > 1 else "" for stage in range(stages)]
         # The pooler's input is the only place that stays right under TRAIN_ON_PRED_BOXES.
         taps = {BOXES: Tap("roi_heads.box_pooler", at="input", select=1, calls=stages)}
@@ -118,7 +117,7 @@ class BoxHead(Head):
     def student_values(self, step: Step, wanted: Collection[str]) -> dict[str, Any]:
         values = {name: step.recorded.get(name) for name in wanted}
         if "box_logits" in wanted:
-            stages = range(num_box_stages(step.student))
+            stages = range(len(box_branches(step.student)))
             logits = [step.recorded[f"box_logits.{stage}"] for stage in stages]
             values["box_logits"] = self._trained(step.student, logits)
         return values
@@ -199,7 +198,8 @@ class DenseHead(Head):
     uncertain = "cls_logits"
 
     def specs(self, model: Detector) -> Specs:
-        return {"cls_logits": TapSpec(model.num_classes)} if is_dense(model) else {}
+        dense = isinstance(model, DenseDetector)
+        return {"cls_logits": TapSpec(model.num_classes)} if dense else {}
 
     def teacher_specs(self, student: TapTable, teacher: TapTable, wanted: Collection[str]) -> Specs:
         """Refuse heads whose predictions do not correspond one to one."""
@@ -232,16 +232,6 @@ class DenseHead(Head):
         # As many negatives as an image may have detections.
         negatives = model.max_detections_per_image
         return anchor_values(torch.cat(levels, dim=1), positive, background, negatives)
-
-
-def is_dense(model: Detector) -> bool:
-    """Whether the model predicts per anchor, without proposals."""
-    return isinstance(model, DenseDetector)
-
-
-def num_box_stages(model: Detector) -> int:
-    """1, or the number of stages of a cascade."""
-    return getattr(model.roi_heads, "num_cascade_stages", 1)
 
 
 def box_branches(model: Detector) -> list[tuple[Any, Any]]:

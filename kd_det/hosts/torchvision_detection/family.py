@@ -70,8 +70,8 @@ class TorchvisionFamily(Family):
     def context_taps(self, model: Detector, needs: Collection[str]) -> dict[str, Tap]:
         taps = {TRANSFORMED: Tap("transform")}
         if "anchors" in needs:
-            path = "rpn.anchor_generator" if hasattr(model, "rpn") else "anchor_generator"
-            taps |= {"anchors": Tap(path), FEATURES: Tap("backbone")}
+            owner = "" if hasattr(model, "anchor_generator") else "rpn."
+            taps |= {"anchors": Tap(f"{owner}anchor_generator"), FEATURES: Tap("backbone")}
         return taps
 
     def anchors(self, step: Step) -> dict[str, Tensor]:

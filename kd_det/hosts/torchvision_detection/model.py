@@ -101,17 +101,17 @@ class DistilledDetector(DistillationBranch):
             math.ceil(side / teacher.transform.size_divisible) * teacher.transform.size_divisible
             for side in own.shape[-2:]
         )
-        mine, theirs = teacher.transform, self.stock.transform
-        if (list(mine.image_mean), list(mine.image_std)) == (
-            list(theirs.image_mean),
-            list(theirs.image_std),
-        ):
+        statistics = [
+            (list(side.transform.image_mean), list(side.transform.image_std))
+            for side in (self.stock, teacher)
+        ]
+        if statistics[0] == statistics[1]:
             pixels = own
         else:
             pixels = own.new_zeros(own.shape)
             sizes = recorded[TRANSFORMED][0].image_sizes
             for row, image, (h, w) in zip(pixels, batch[0], sizes, strict=True):
-                image = mine.normalize(image)[None]
+                image = teacher.transform.normalize(image)[None]
                 if image.shape[-2:] != (h, w):
                     image = F.interpolate(image, (h, w), mode="bilinear", align_corners=False)
                 row[:, :h, :w] = image[0]

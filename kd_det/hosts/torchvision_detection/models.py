@@ -1,7 +1,7 @@
 """Stock torchvision detectors, built from a config.
 
-Every class and head is torchvision's own. What torchvision offers for two backbone families only,
-a feature pyramid on the right children, is found for any backbone by a dry run.
+Every class and head is torchvision's own. torchvision builds a feature pyramid for two families
+of backbones only; here the children that it stands on are determined for any backbone by a dry run.
 """
 
 from __future__ import annotations
@@ -58,28 +58,28 @@ def build_backbone(cfg: CfgNode) -> BackboneWithFPN:
         body = _classification_body(node.NAME, node.WEIGHTS)
     if node.NORM == "FrozenBN":
         _freeze_batch_norm(body)
-    found = last_children(body)
-    deepest = max(found, default=0)
-    present = [level for level in levels if level in found]
+    last = last_children(body)
+    deepest = max(last, default=0)
+    present = [level for level in levels if level in last]
     extra = [level for level in levels if level > deepest]
     if sorted(present + extra) != levels or not present or len(extra) > 2:
         fail(
             expected=f"backbone {node.NAME} to deliver MODEL.FPN.LEVELS {levels}, of which at "
             "most the last two may lie above it",
-            received=f"levels {sorted(found)}",
+            received=f"levels {sorted(last)}",
             remedy="choose levels from these, and one or two more on top",
         )
     width = cfg.MODEL.FPN.OUT_CHANNELS
-    channels = [found[level][1] for level in present]
+    channels = [last[level][1] for level in present]
     backbone = BackboneWithFPN(
         body,
-        {found[level][0]: str(i) for i, level in enumerate(present)},
+        {last[level][0]: str(i) for i, level in enumerate(present)},
         channels,
         width,
         LastLevelP6P7(channels[-1], width) if len(extra) == 2 else LastLevelMaxPool(),
     )
     if not extra:
-        # BackboneWithFPN insists on a level more; the pyramid itself does not.
+        # BackboneWithFPN always adds a level; the pyramid itself does not need one.
         backbone.fpn.extra_blocks = None
     _freeze_up_to(backbone.body, node.FREEZE_AT)
     return backbone
@@ -126,7 +126,7 @@ def basic_resnet(width: int, blocks: Sequence[int]) -> nn.Sequential:
 
 
 def last_children(body: nn.Module) -> dict[int, tuple[str, int]]:
-    """The last child of each stride, found by running the children in order.
+    """The last child of each stride, from one run of the children in order.
 
     Args:
         body: a backbone whose children run one after the other.
@@ -134,12 +134,12 @@ def last_children(body: nn.Module) -> dict[int, tuple[str, int]]:
     Returns:
         ``{log2 stride: (child name, channels)}``, as far as children give square maps.
     """
-    found: dict[int, tuple[str, int]] = {}
+    last: dict[int, tuple[str, int]] = {}
     for name, shape in _run_children(list(body.named_children())):
         level = math.log2(PROBE_SIZE / shape[2])
         if level.is_integer():
-            found[int(level)] = (name, shape[1])
-    return found
+            last[int(level)] = (name, shape[1])
+    return last
 
 
 def _run_children(children: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, torch.Size]]:

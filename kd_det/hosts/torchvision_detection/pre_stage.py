@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from kd_det.core.class_map import ClassMap
-from kd_det.core.taps import TapRecorder
+from kd_det.core.taps import Tap, TapRecorder
 from kd_det.core.teacher import FrozenTeacher
 from kd_det.hosts.detection.heads import Detector, TapTable
 from kd_det.hosts.torchvision_detection.family import FAMILY
@@ -44,12 +44,13 @@ class TeacherCaptures:
     ) -> None:
         self.teacher, self.class_map = teacher, class_map
         self.sizes, self.max_size = tuple(sizes), max_size
-        self._wanted = wanted
+        self._wanted, self._heads = wanted, table.heads
         heads = FAMILY.heads_of(wanted)
         self._through_heads = bool(heads)
         taps = {name: table.taps[name] for name in wanted if name in table.taps}
         for head, names in heads:
-            taps |= head.places(teacher.model, names)
+            places = head.places(teacher.model, names)
+            taps |= {name: place for name, place in places.items() if isinstance(place, Tap)}
         self._recorder = TapRecorder(teacher, taps)
 
     def __call__(self, batch: tuple[Sequence[Tensor], Sequence[dict[str, Any]]]) -> dict[str, Any]:
@@ -69,7 +70,7 @@ class TeacherCaptures:
                     model.backbone(model.transform(list(images))[0].tensors)
             recorded = self._recorder.read()
             self._recorder.release()
-            for name, tap in FAMILY.described(model).items():
+            for name, tap in self._heads.items():
                 if name in self._wanted and tap.rows == "RoIs" and tap.classes:
                     recorded[name] = tap.mapped(recorded[name], self.class_map)
         return {name: recorded[name] for name in self._wanted}
