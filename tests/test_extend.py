@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import torch
 import yaml
 
 from kd_det import LOSSES, Distiller, FrozenTeacher, TapRecorder, tap_specs
+from kd_det.app.train import main
 from kd_det.hosts.classification.models import FAMILIES, build_classifier
 from kd_det.hosts.classification.taps import tap_table
 from kd_det.hosts.torchvision_detection.family import FAMILY
+from kd_det.procedures import PROCEDURES
 from tests.hosts.torchvision_detection import models as torchvision_models
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "extend.md").read_text()
@@ -127,3 +130,37 @@ def test_a_meta_architecture(tmp_path):
         assert set(terms) < set(losses)
     finally:
         META_ARCH_REGISTRY._obj_map.pop("DistilledMyRetinaNet")
+
+
+CONFIG = """
+HOST: classification
+SEED: 1
+MODEL: {NAME: resnet8_x0.25, DEVICE: cpu}
+INPUT: {SIZE: 16, CROP: {PADDING: 2}, RANDOM_FLIP: none}
+DATASETS: {TRAIN_PER_CLASS: 4}
+DATALOADER: {NUM_WORKERS: 0}
+SOLVER: {MAX_EPOCH: 1, IMS_PER_BATCH: 16, EPOCH_STEPS: []}
+KD:
+  TEACHER: {CONFIG_FILE: %s, ALLOW_RANDOM: True}
+  TERMS: {soft: {LOSS: KD, TAPS: [logits]}}
+  HALVE: {ENABLED: True, STEP: %d}
+"""
+
+
+def test_a_procedure(tmp_path, monkeypatch, capsys):
+    before = dict(PROCEDURES)
+    try:
+        run(*blocks("A procedure"))
+        for step, code in ((4, 0), (0, 2)):
+            file = tmp_path / f"{step}.yaml"
+            file.write_text(CONFIG % (file, step) + f"OUTPUT_DIR: {tmp_path / str(step)}\n")
+            assert main(["--config-file", str(file)]) == code
+        assert "KD.HALVE.STEP of at least 1; received 0" in capsys.readouterr().err
+        cost = json.loads((tmp_path / "4" / "results.json").read_text())["cost"]
+        # Batches of 16, 16 and 8.
+        assert cost == {"formula": 25.0, "measured": pytest.approx(100 * (4 + 4 + 2) / 40)}
+        state = torch.load(tmp_path / "4" / "last.ckpt", weights_only=False)["procedures"]
+        assert state["HALVE"] == {"loaded": 40, "trained": 10}
+    finally:
+        for name in PROCEDURES.keys() - before:
+            del PROCEDURES[name]

@@ -96,7 +96,8 @@ class _Reader:
             elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
                 fields[statement.target.id] = statement.value or ast.Constant(None)
         name, defaults = fields.get("name"), fields.get("defaults")
-        if isinstance(name, ast.Constant) and isinstance(defaults, ast.Dict):
+        named = isinstance(name, ast.Constant) and isinstance(name.value, str)
+        if named and isinstance(defaults, ast.Dict):
             meaning = (ast.get_docstring(body) or "").split("\n\n")[0].replace("\n", " ")
             yield Key(f"KD.{name.value}", "", meaning)
             for key, value in zip(defaults.keys, defaults.values, strict=True):
@@ -152,6 +153,7 @@ def table(marker: str) -> str:
     for key in config_keys(marker):
         default = f"`{_shown(key.default)}`" if key.default else ""
         meaning = key.meaning or "as in Detectron2"
+        meaning = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", meaning)
         meaning = re.sub(r"([|<*])", r"\\\1", meaning)
         rows.append(f"| `{key.name}` | {default} | {meaning} |")
     return "\n".join(rows)

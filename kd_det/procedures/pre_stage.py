@@ -62,12 +62,12 @@ class PreStage(Procedure):
     defaults: ClassVar[Mapping[str, Any]] = {
         # A finished pre-stage of the same teacher and taps; empty trains one into OUTPUT_DIR.
         "WEIGHTS": "",
-        # MHGD, section 5 of its supplement: 20 epochs, SGD 0.1 constant, Nesterov.
+        # SGD as in MHGD, section 5 of its supplement.
         "EPOCHS": 20,
         "MAX_ITER": 0,  # above 0: iterations instead of epochs
-        "BASE_LR": 0.1,
-        "MOMENTUM": 0.9,
-        "NESTEROV": True,
+        "BASE_LR": 0.1,  # constant
+        "MOMENTUM": 0.9,  # of SGD
+        "NESTEROV": True,  # momentum in this form
         # Its code adds 5e-4 * sum w^2: twice what an optimiser calls a decay of 5e-4.
         "WEIGHT_DECAY": 0.001,
     }

@@ -295,8 +295,8 @@ class UNIX(Procedure):
         "ENABLED": False,
         "K_FRAC": 0.75,  # k of B samples go through the teacher (48 of 64)
         "B_FRAC": 0.5,  # the most uncertain, nearly unmixed (32 of 64)
-        "SLOPE": 10.0,
-        "STRATEGY": "entropy",
+        "SLOPE": 10.0,  # of the weights of mixing over ranks; 1000 is nearly a step
+        "STRATEGY": "entropy",  # or confidence, margin, random
         # The released code takes both parts of the nominal batch: a short last batch is then
         # hardly mixed and not reduced. 0: of every batch as it is.
         "NOMINAL_BATCH": 0,

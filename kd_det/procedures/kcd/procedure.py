@@ -51,7 +51,7 @@ class KCD(Procedure):
         "EPSILON": 0.3,  # largest share of a blended partner; 0: no blending
         "BLEND": "convex",  # or add
         "EPSILON_RULE": "reference",  # eps * j / L; paper: eps * (j + 1) / L
-        "MIN_PER_CLASS": 0,
+        "MIN_PER_CLASS": 0,  # images of each class that every period keeps; classifiers only
     }
     chooses_images = True
     reads_uncertainties = True
