@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from kd_det import LOSSES, Distiller, FrozenTeacher, TapRecorder, tap_specs
+from kd_det import LOSSES, Distiller, FrozenTeacher, TapRecorder, hosts, tap_specs
+from kd_det.app.export import main as export
 from kd_det.app.train import main
+from kd_det.hosts import base
 from kd_det.hosts.classification.models import FAMILIES, build_classifier
 from kd_det.hosts.classification.taps import tap_table
 from kd_det.hosts.torchvision_detection.family import FAMILY
@@ -164,3 +167,49 @@ def test_a_procedure(tmp_path, monkeypatch, capsys):
     finally:
         for name in PROCEDURES.keys() - before:
             del PROCEDURES[name]
+
+
+VECTORS = """
+HOST: vectors
+MODEL: {WIDTH: %d}
+KD:
+  ENABLED: %s
+  TEACHER: {CONFIG_FILE: %s, WEIGHTS: %s}
+  TERMS: {soft: {LOSS: KD, TAPS: [logits], WEIGHT: %g}}
+OUTPUT_DIR: %s
+"""
+
+
+@pytest.fixture
+def vectors(tmp_path, monkeypatch):
+    """The host of the page in a folder of its own; ``vectors(name, ...)`` trains with it."""
+    folder = tmp_path / "hosts" / "vectors"
+    folder.mkdir(parents=True)
+    (folder / "host.py").write_text(blocks("A host")[0])
+    monkeypatch.setattr(hosts, "__path__", [*hosts.__path__, str(folder.parent)])
+    monkeypatch.setattr(base, "HOSTS", (*base.HOSTS, "vectors"))
+
+    def train(name, width=4, distil=True, weight=1.0):
+        teacher = tmp_path / "teacher" / "model_final.pth"
+        config = VECTORS % (width, distil, tmp_path / "teacher.yaml", teacher, weight, "%s")
+        (tmp_path / f"{name}.yaml").write_text(config % (tmp_path / name))
+        assert main(["--config-file", str(tmp_path / f"{name}.yaml")]) == 0
+        return torch.load(tmp_path / name / "model_final.pth")["model"]
+
+    yield train
+    sys.modules.pop("kd_det.hosts.vectors.host", None)
+    sys.modules.pop("kd_det.hosts.vectors", None)
+
+
+def test_a_host(vectors, tmp_path):
+    vectors("teacher", width=32, distil=False)
+    plain, zero = vectors("plain", distil=False), vectors("zero", weight=0.0)
+    student = vectors("student")
+    assert zero.pop("distiller.step") == student["distiller.step"] == 100
+    assert all(torch.equal(plain[key], zero[key]) for key in plain)
+    assert not torch.equal(plain["0.weight"], student["0.weight"])
+    results = json.loads((tmp_path / "student" / "results.json").read_text())
+    assert results["accuracy"]["top1"] > 80
+    exported = ["--config-file", str(tmp_path / "student.yaml"), "--output", str(tmp_path / "out")]
+    assert export([*exported, "--weights", str(tmp_path / "student" / "model_final.pth")]) == 0
+    assert torch.load(tmp_path / "out" / "model.pth").keys() == plain.keys()
