@@ -81,3 +81,22 @@ _WATCHED: list[list[str]] = []
 def _note(path: str) -> None:
     for paths in _WATCHED:
         paths.append(path)
+
+
+@pytest.fixture
+def own_modules():
+    """The package's modules as they were: what a test imports anew or first does not stay.
+
+    Modules that stayed would hold registries of their own.
+    """
+    before = {k: v for k, v in sys.modules.items() if k.partition(".")[0] == "kd_det"}
+    yield
+    for name in [k for k in sys.modules if k.partition(".")[0] == "kd_det" and k not in before]:
+        parent, _, leaf = name.rpartition(".")
+        vars(before.get(parent, sys.modules[name])).pop(leaf, None)
+        del sys.modules[name]
+    sys.modules.update(before)
+    for name, module in before.items():
+        parent, _, leaf = name.rpartition(".")
+        if parent:
+            setattr(before[parent], leaf, module)

@@ -69,6 +69,7 @@ def without(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
 
 
+@pytest.mark.usefixtures("own_modules")
 @pytest.mark.parametrize(
     ("command", "package", "extra"),
     [

@@ -22,7 +22,7 @@ def write(tmp_path):
 
 
 @pytest.fixture
-def without(monkeypatch):
+def without(own_modules, monkeypatch):
     """``without(package)``: as if it were not installed, and no host were imported yet."""
 
     def block(package):
