@@ -192,7 +192,7 @@ def run_plan(run: Run, plan: Plan, start: Start) -> Any:
 
 
 def check_single_run(cfg: Mapping[str, Any]) -> None:
-    """Refuse, where one run begins, a config that asks for several.
+    """Refuse the config of several runs where one run begins.
 
     Raises:
         KDError: ``STAGES`` or ``SEEDS`` is not empty.

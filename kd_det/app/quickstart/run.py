@@ -147,9 +147,9 @@ def _train(
     ]
     cfg = host.load_config(str(folder / phase.config), overrides)
     with log_to(output / LOG):
-        found = host.run(cfg, Start(resume=True), progress=report)
+        metrics = host.run(cfg, Start(resume=True), progress=report)
     progress.update(task, description=phase.label)
-    return found
+    return metrics
 
 
 def _open_bench(host: Host, output: Path) -> Workbench:

@@ -1,4 +1,4 @@
-"""What the LightningModules of all hosts have in common."""
+"""The base of the LightningModules of all hosts."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class DistillationModule(ResumableModule, TrainingLoop):
         return self.model.load_state_dict(state_dict, *args, **kwargs)
 
     def log_losses(self, losses: Mapping[str, Tensor], total: Tensor) -> None:
-        """Log a step's losses under their own names, and what the distiller says about its terms.
+        """Log a step's losses under their own names, and the metrics of the distiller.
 
         Args:
             losses: scalars by name.

@@ -28,6 +28,7 @@ from kd_det.hosts.detectron2.pictures import DrawPictures
 from kd_det.hosts.detectron2.progress import ProgressBar, progress_bar, setup_logging
 from kd_det.hosts.detectron2.train import check_run
 from kd_det.hosts.detectron2.writers import RecordMetrics
+from kd_det.run.plan import Start
 from kd_det.run.record import read_record
 from tests.hosts.detectron2.models import write_teacher
 from tests.hosts.detectron2.runs import Interrupt, Stop, small_cfg, train
@@ -232,7 +233,7 @@ class TestLoggers:
     def test_an_unknown_one_is_refused_before_anything_is_written(
         self, make_cfg, tmp_path, refuses
     ):
-        args = argparse.Namespace(num_gpus=1, eval_only=False, resume=False)
+        args = Start()
         with refuses("'wandbb'", "did you mean 'wandb'"):
             check_run(make_cfg("out", "LOGGERS", ["wandbb"]), args)
         assert not list((tmp_path / "out").iterdir())
