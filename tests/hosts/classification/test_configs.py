@@ -19,8 +19,9 @@ from kd_det.run.plan import read_plan
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "configs" / "classification"
-SHARED = ("base", "student", "teacher", "baseline")
-EVERY = sorted(FOLDER.rglob("*.yaml"))
+SHARED = ("base", "teacher", "baseline")
+# A method file is only a part of a config: it is read with the experiments that name it.
+EVERY = sorted(p for p in FOLDER.rglob("*.yaml") if p.parent.name != "methods")
 RECIPES = [p for p in EVERY if not p.stem.startswith(SHARED) and p.parent.name != "pairs"]
 
 
