@@ -122,8 +122,8 @@ def test_a_pre_stage_of_another_teacher_is_refused(digits_config, tmp_path):
     assert not (tmp_path / "other").exists()
     with pytest.raises(KDError, match=r"pre-stage, such as MHGD"):
         build_training_model(digits_config("kd_frcnn", *QUICK, *given))
-    nothing = digits_config("mhgd_frcnn", "KD.PRE_STAGE.MAX_ITER", 0, "KD.PRE_STAGE.EPOCHS", 0)
-    nothing.OUTPUT_DIR = str(tmp_path / "nothing")
+    zero = ["KD.PRE_STAGE.MAX_ITER", 0, "KD.PRE_STAGE.EPOCHS", 0]
+    nothing = digits_config("mhgd_frcnn", *zero, output="nothing")
     with pytest.raises(KDError, match="at least one iteration"):
         run(nothing, progress=lambda *_: None)
 
