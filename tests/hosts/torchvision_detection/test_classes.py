@@ -219,6 +219,7 @@ def test_data_of_the_same_names_needs_no_map(digits_config):
 
 def test_features_of_a_teacher_of_other_classes_need_no_map(permuted):
     cfg = load_config(BASELINE, [*permuted, "KD.TEACHER.CLASS_NAMES", str(["x"] * 10)])
+    cfg.defrost()
     cfg.KD.TERMS.roi_logits.LOSS, cfg.KD.TERMS.roi_logits.TAPS = "FitNet", ["p3"]
     assert build_training_model(cfg).class_map is None
 

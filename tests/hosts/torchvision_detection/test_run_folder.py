@@ -12,6 +12,7 @@ from kd_det.hosts.torchvision_detection.train import run
 from kd_det.run.curves import CurveTag
 from kd_det.run.plan import Start
 from kd_det.run.record import read_record
+from kd_det.visualize.periodic import start_pictures
 from tests.hosts.run_folder import FILES
 from tests.hosts.torchvision_detection.models import ARCHITECTURES, batch, student_model
 
@@ -56,7 +57,7 @@ def test_a_run_leaves_its_record_log_metrics_and_curves(digits_config, capsys):
 
 def test_pictures_of_what_is_distilled_are_in_tensorboard(digits_config):
     cfg = digits_config("kd_frcnn", "VIS_PERIOD", 2, "DATASETS.TEST", "()")
-    run(cfg, progress=lambda *_: None)
+    run(cfg, progress=lambda *_: None, pictures=start_pictures)
     folder = Path(cfg.OUTPUT_DIR) / "tensorboard"
     assert EventAccumulator(str(folder)).Reload().Tags()["images"]
 
@@ -67,6 +68,7 @@ def test_a_checkpoint_of_another_student_is_refused_and_kept(digits_config, refu
     checkpoint = Path(cfg.OUTPUT_DIR) / "last.ckpt"
     before = checkpoint.read_bytes()
     other = cfg.clone()
+    other.defrost()
     other.MODEL.FPN.OUT_CHANNELS = 16
     with refuses("MODEL.FPN.OUT_CHANNELS 16, then 8", "config.yaml"):
         run(other, Start(resume=True), progress=lambda *_: None)

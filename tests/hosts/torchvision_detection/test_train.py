@@ -25,6 +25,7 @@ from tests.hosts.torchvision_detection.models import Stop, all_terms, student_mo
 
 def config(options, name="kd_mrcnn", teacher=True):
     cfg = load_config(f"configs/digits_torchvision/{name}.yaml", options)
+    cfg.defrost()
     cfg.KD.TEACHER.CONFIG_FILE = "configs/digits_torchvision/teacher_mrcnn.yaml"
     cfg.KD.TEACHER.WEIGHTS, cfg.KD.TEACHER.ALLOW_RANDOM = "", teacher
     cfg.KD.TERMS.update(type(cfg)({"hint": {"LOSS": "FitNet", "TAPS": ["c3"], "WEIGHT": 0.1}}))
