@@ -22,12 +22,9 @@ _MATCH_IOU = 0.5
 
 @dataclass(frozen=True)
 class Example:
-    """A training image with its annotation.
+    """A training image, uint8 RGB ``[3, H, W]``, with its annotation in the student's classes.
 
-    Attributes:
-        picture: uint8 RGB ``[3, H, W]``.
-        boxes: ``[G, 4]`` in its pixels; None for a classifier, which has one object.
-        classes: ``[G]`` of the student.
+    ``boxes`` are ``[G, 4]`` in its pixels; None for a classifier, which has one object.
     """
 
     picture: Tensor
@@ -82,9 +79,7 @@ def answer(bench: Workbench, side: Side, example: Example, num_classes: int) -> 
 def truth_confidence(answers: Sequence[Answer], indices: Sequence[int]) -> Tensor:
     """Per image, the mean confidence in the true class of its objects, ``[N]`` in 0..1.
 
-    Args:
-        answers: of one model.
-        indices: per class of the student, that model's index of it; -1 where it has none.
+    ``indices`` has the model's index of each of the student's classes, -1 where it has none.
     """
     columns = torch.tensor(indices)
     means = []
@@ -99,10 +94,7 @@ def agreed(answers: Sequence[Answer], indices: Sequence[int]) -> list[int]:
     """Per class of the student, the class in which a model is most confident for its objects.
 
     These are the right indices even where the classes are in another order than their names.
-
-    Args:
-        answers: of one model.
-        indices: taken for classes of which there is no object.
+    Classes without objects keep those of ``indices``.
     """
     result = list(indices)
     truth = torch.cat([a.classes for a in answers])
@@ -115,9 +107,7 @@ def agreed(answers: Sequence[Answer], indices: Sequence[int]) -> list[int]:
 def confusion(answers: Sequence[Answer], floor: float) -> Tensor:
     """Counts ``[K_s, K_t]`` of objects by true class and by the predicted class.
 
-    Args:
-        answers: of one model.
-        floor: objects for which no class has this confidence are left out.
+    Objects for which no class has a confidence of ``floor`` are left out.
     """
     truth = torch.cat([a.classes for a in answers])
     best, predicted = torch.cat([a.confidence for a in answers]).max(dim=1)
@@ -134,14 +124,9 @@ def draw_answers(
     teacher_names: Sequence[str] | None,
     path: Path,
 ) -> None:
-    """Two rows: the annotations of training images, and the teacher's predictions for them.
+    """Write a PNG of two rows: training images with annotations, and the teacher's predictions.
 
-    Args:
-        examples: the images.
-        answers: the teacher's, one per image.
-        student_names: of the classes that annotations use; None shows indices.
-        teacher_names: of the teacher's own classes; likewise.
-        path: the PNG to write.
+    Classes without names are shown by their indices.
     """
     images: list[list[Tensor]] = [[], []]
     labels: list[list[str]] = [[], []]
@@ -149,19 +134,21 @@ def draw_answers(
         if isinstance(one.prediction, Detections):
             assert example.boxes is not None
             truth = Detections(example.boxes, example.classes, torch.ones(len(example.classes)))
-            images[0].append(annotated(example.picture, truth, student_names))
-            images[1].append(annotated(example.picture, one.prediction, teacher_names))
+            shown = (
+                annotated(example.picture, truth, student_names),
+                annotated(example.picture, one.prediction, teacher_names),
+            )
             texts = ("", "")
         else:
             true, best = int(example.classes[0]), int(one.prediction.argmax())
-            images[0].append(example.picture)
-            images[1].append(example.picture)
+            shown = (example.picture, example.picture)
             named = teacher_names[best] if teacher_names else str(best)
             texts = (
                 student_names[true] if student_names else str(true),
                 f"{named} ({float(one.prediction[best]):.2f})",
             )
-        for labels_of_row, text in zip(labels, texts, strict=True):
-            labels_of_row.append(text)
+        for at in (0, 1):
+            images[at].append(shown[at])
+            labels[at].append(texts[at])
     detections = isinstance(answers[0].prediction, Detections)
     draw_grid(images, path, rows=("annotation", "teacher"), labels=labels, detections=detections)

@@ -31,7 +31,7 @@ def inspect_classes(section: Section, context: Context) -> None:
         section.note("the correspondence of the classes of both sides is not known")
         return
     own = students or [f"class {k}" for k in range(len(indices))]
-    others = teachers or [f"class {k}" for k in range(context.num_classes("teacher"))]
+    others = teachers or [f"class {k}" for k in range(bench.num_classes("teacher"))]
     counts = confusion(context.answers, _SURE) if context.answers else None
     section.table(
         "The teacher's class of each of the student's classes, and its predictions for objects of "

@@ -39,8 +39,7 @@ class Context:
         picture: file for the picture of the teacher's predictions; None draws none.
         indices: per class of the student the teacher's index of it, -1 where it has none; None
             before the teacher's section.
-        examples: training images.
-        answers: predictions of the teacher for them, under the input with the best ones.
+        answers: the teacher's predictions for ``examples``, under the input with the best ones.
         seconds_per_image: of an evaluation, by side.
     """
 
@@ -59,11 +58,6 @@ class Context:
         """Whether the teacher may have any of the student's classes."""
         return self.indices is None or any(index >= 0 for index in self.indices)
 
-    def num_classes(self, side: Side) -> int:
-        """Classes of a side's head without a background, whether or not they have names."""
-        return self.bench.num_classes(side)
-
     @property
     def device(self) -> str:
-        """``MODEL.DEVICE``."""
         return str(self.cfg.MODEL.DEVICE)

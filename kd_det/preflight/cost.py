@@ -22,7 +22,7 @@ _LONG = 0.5  # seconds of a forward that is measured only once
 
 
 def inspect_cost(section: Section, context: Context) -> None:
-    """Fill the section; training steps must have been taken."""
+    """Fill the section."""
     steps, cfg = context.steps, context.cfg
     if steps is None:
         section.note("no training step was taken")
@@ -67,11 +67,10 @@ def inspect_cost(section: Section, context: Context) -> None:
 
 
 def iteration_seconds(seconds: Mapping[str, float], workers: int) -> float:
-    """Time of an iteration; loader processes run beside the model.
+    """Seconds of an iteration; loader processes run beside the model.
 
-    Args:
-        seconds: of its parts; ``"data"`` is the time of one process to load a batch.
-        workers: ``DATALOADER.NUM_WORKERS``; with 0 the training process loads.
+    ``seconds["data"]`` is the time of one process to load a batch; with 0 ``workers`` the training
+    process loads.
     """
     compute = sum(value for part, value in seconds.items() if part != "data")
     return max(compute, seconds["data"] / workers) if workers else compute + seconds["data"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partialmethod
 from typing import Any
 
 from kd_det.document import blocks
@@ -12,15 +13,11 @@ from kd_det.document.blocks import Finding, Level, Picture, Table, row
 
 @dataclass
 class Section:
-    """One part of preflight.
+    """One part of preflight, which took ``seconds``.
 
     Attributes:
-        title: its heading.
-        findings: in the order they were made.
-        tables: likewise.
-        picture: shown below them; its file lies beside the report.
+        picture: shown below the tables; its file lies beside the report.
         data: the numbers behind the tables, ready for JSON.
-        seconds: how long it took.
     """
 
     title: str
@@ -30,35 +27,24 @@ class Section:
     data: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def error(self, message: str) -> None:
-        """Add a reason not to start the run."""
-        self._add("error", message)
+    def _add(self, level: Level, message: str) -> None:
+        self.findings.append(Finding(level, self.title, message))
 
-    def warn(self, message: str) -> None:
-        """Add a fact that may be intended, but should be looked at."""
-        self._add("warning", message)
-
-    def ok(self, message: str) -> None:
-        """Add a check that was passed."""
-        self._add("ok", message)
-
-    def note(self, message: str) -> None:
-        """Add a fact that is neither good nor bad."""
-        self._add("note", message)
+    error = partialmethod(_add, "error")  # a reason not to start the run
+    warn = partialmethod(_add, "warning")  # may be intended, but should be looked at
+    ok = partialmethod(_add, "ok")
+    note = partialmethod(_add, "note")
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Add a table."""
         self.tables.append(Table(title, columns, [row(*cells) for cells in rows]))
 
     def shown(self) -> blocks.Section:
-        """The section as part of a document."""
         parts: list[blocks.Block] = [*self.tables, blocks.Findings(self.findings)]
         if self.picture is not None:
             parts.append(blocks.Figure(self.picture.text, self.picture))
         return blocks.Section(self.title, parts, f"{self.seconds:.1f} s")
 
     def as_dict(self) -> dict[str, Any]:
-        """The section, ready for JSON; of the picture, the name of its file."""
         tables = [
             {"title": t.title, "columns": t.columns, "rows": [[c.text for c in r] for r in t.rows]}
             for t in self.tables
@@ -72,20 +58,10 @@ class Section:
             "seconds": self.seconds,
         }
 
-    def _add(self, level: Level, message: str) -> None:
-        self.findings.append(Finding(level, self.title, message))
-
 
 @dataclass
 class Preflight:
-    """The whole result.
-
-    Attributes:
-        name: output folder of the run.
-        host: ``cfg.HOST``.
-        sections: in the order of the work.
-        seconds: how long it took.
-    """
+    """The whole result for the run in the folder ``name``, which took ``seconds``."""
 
     name: str
     host: str
@@ -104,7 +80,6 @@ class Preflight:
 
     @property
     def ready(self) -> bool:
-        """Whether there are no errors."""
         return not self.errors
 
     @property
@@ -117,7 +92,6 @@ class Preflight:
         return "ready"
 
     def section(self, title: str) -> Section:
-        """The section of a title."""
         return next(section for section in self.sections if section.title == title)
 
     def shown_verdict(self) -> blocks.Verdict:
@@ -127,7 +101,6 @@ class Preflight:
         return blocks.Verdict(level, self.verdict, findings, f"{self.seconds:.0f} seconds")
 
     def shown(self) -> blocks.Document:
-        """The result as a document."""
         sections = [section.shown() for section in self.sections]
         return blocks.Document(
             f"Preflight: {self.verdict}",
@@ -136,15 +109,9 @@ class Preflight:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The result, ready for JSON."""
-        return {
-            "verdict": self.verdict,
-            "ready": self.ready,
-            "name": self.name,
-            "host": self.host,
-            "sections": [section.as_dict() for section in self.sections],
-            "seconds": self.seconds,
-        }
+        sections = [section.as_dict() for section in self.sections]
+        verdict = {"verdict": self.verdict, "ready": self.ready}
+        return {**verdict, **vars(self), "sections": sections}
 
     def _findings(self, level: Level) -> list[Finding]:
         return [f for section in self.sections for f in section.findings if f.level == level]

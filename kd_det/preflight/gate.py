@@ -5,11 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import math
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
@@ -39,8 +37,8 @@ def preflight(
     Args:
         cfg: as :func:`kd_det.hosts.base.load_config` reads it.
         output: folder of the report: new, empty, or with an earlier report in it.
-        settings: how far to look.
-        console: where to print; standard output by default.
+        settings: the extent of preflight.
+        console: default standard output.
         remark: a note at the beginning; none if empty.
 
     Raises:
@@ -78,9 +76,7 @@ def preflight(
 def require(cfg: CfgNode) -> None:
     """Refuse to train a run that is not ready; for ``PREFLIGHT: True``.
 
-    Args:
-        cfg: as :func:`kd_det.hosts.base.load_config` reads it. The report goes to
-            ``OUTPUT_DIR/preflight``.
+    The report goes to ``OUTPUT_DIR/preflight``.
 
     Raises:
         KDError: the report has errors, or cannot be written.
@@ -113,16 +109,8 @@ def prepare_folder(output: Path) -> None:
 
 def write_report(report: Preflight, output: Path) -> None:
     """Write ``preflight.json`` and ``preflight.html`` into a folder of :func:`prepare_folder`."""
-    replace_text(output / JSON, json.dumps(_plain(report.as_dict()), indent=2) + "\n")
+    # JSON has neither infinity nor nan: they become texts.
+    text = json.dumps(report.as_dict())
+    content = json.loads(text, parse_constant=lambda name: str(float(name)))
+    replace_text(output / JSON, json.dumps(content, indent=2) + "\n")
     replace_text(output / HTML, html(report.shown()))
-
-
-def _plain(value: Any) -> Any:
-    """The value with texts in place of infinity and nan, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

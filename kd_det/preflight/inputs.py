@@ -43,12 +43,8 @@ _FEW_IMAGES, _CLEAR_ON_FEW = 4, 0.2
 class Better:
     """Another input under which a model predicts better than under its own.
 
-    Attributes:
-        what: its description.
-        pixels: the input.
-        own: confidence in the true classes under the configured input, 0..1.
-        other: the same under this one.
-        clear: whether the gain makes an error.
+    ``own`` and ``other`` are the confidence in the true classes, 0..1, under the configured input
+    and under this one; ``clear`` is whether the gain makes an error.
     """
 
     what: str
@@ -90,14 +86,9 @@ def oddities(pixels: PixelInput) -> list[str]:
 
 
 def alternatives(own: PixelInput, student: PixelInput) -> dict[str, PixelInput]:
-    """Other inputs that the model may have been trained with, by their description.
-
-    Args:
-        own: the configured input.
-        student: that of the student.
-    """
+    """Inputs that a model may have been trained with other than its ``own``, by description."""
     other = "BGR" if own.order == "RGB" else "RGB"
-    candidates: dict[str, PixelInput] = {
+    candidates = {
         f"{other} instead of {own.order}": replace(own, order=other),
         "the student's channel order, mean and std": student,
         **CONVENTIONS,
@@ -117,12 +108,9 @@ def entry(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def under_input(model: nn.Module, own: PixelInput, other: PixelInput) -> Iterator[None]:
-    """Within the block, ``model`` gets its images as if ``other`` were configured.
+    """Within the block, ``model`` gets its images as if ``other`` were configured, not ``own``.
 
-    Args:
-        model: a detector with a ``backbone``, or a classifier; its images arrive normalised.
-        own: the configured input.
-        other: the one in its place.
+    ``model`` is a detector with a ``backbone``, or a classifier; its images arrive normalised.
     """
     mine, theirs = _in_255(own), _in_255(other)
 
@@ -159,7 +147,7 @@ def find_better(
     Args:
         own: answers under the configured input.
         others: by description, another input and the answers under it on the same images.
-        indices: see :func:`~kd_det.preflight.answers.truth_confidence`.
+        indices: as in :func:`~kd_det.preflight.answers.truth_confidence`.
     """
     before = truth_confidence(own, indices)
     relabelled = float(truth_confidence(own, agreed(own, indices)).mean())
@@ -198,6 +186,5 @@ def _same(one: PixelInput, other: PixelInput) -> bool:
 
 
 def _near(one: Sequence[float], other: Sequence[float]) -> bool:
-    return len(one) == len(other) and all(
-        abs(a - b) <= _SAME for a, b in zip(one, other, strict=True)
-    )
+    close = (abs(a - b) <= _SAME for a, b in zip(one, other, strict=False))
+    return len(one) == len(other) and all(close)

@@ -47,7 +47,7 @@ def run_preflight(
 
     Args:
         cfg: as :func:`kd_det.hosts.base.load_config` reads it.
-        settings: how far to look.
+        settings: the extent of preflight.
         picture: file for the picture of the teacher's predictions; None draws none.
         begin: called with the title of each section before it is worked on.
         done: called with each section when it is complete.
@@ -120,7 +120,6 @@ class _State:
 
 
 def _steps(context: Context) -> Steps:
-    """Training steps of as many images and batches as there is time for."""
     bench, settings = context.bench, context.settings
     whole = int(bench.cfg.SOLVER.IMS_PER_BATCH)
     seconds = settings.seconds * _STEPS

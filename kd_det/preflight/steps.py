@@ -29,14 +29,11 @@ _LOSS_SCALE = 1024.0  # of half-precision losses in the step's backward pass, as
 
 @dataclass(frozen=True)
 class TermValues:
-    """One term on one batch.
+    """One term on one batch: its loss, weight at full schedule, and gradient.
 
-    Attributes:
-        raw: the loss without its weight.
-        weight: what it is multiplied by at full schedule.
-        norm: of the gradient of the weighted loss on the shared parameters; None where the
-            weighted loss is not finite, and itself not finite where the gradient is not.
-        cosine: of the angle between that gradient and the task's; likewise.
+    ``norm`` is that of the gradient of the weighted loss on the shared parameters, ``cosine`` that
+    of its angle to the task's. Both are None where the weighted loss is not finite, and not finite
+    where the gradient is not.
     """
 
     raw: float
@@ -47,14 +44,10 @@ class TermValues:
 
 @dataclass(frozen=True)
 class Step:
-    """One training step.
+    """One training step: the task's losses, the terms and the seconds of each part, by name.
 
-    Attributes:
-        task: the student's own losses by name.
-        task_norm: of their gradient on the shared parameters; 0 where the run has no such
-            losses, and not finite where the gradient is not.
-        terms: by name.
-        seconds: ``data``, ``student``, ``teacher``, ``losses`` and ``backward``.
+    ``task_norm`` is that of the gradient of the task's losses on the shared parameters: 0 where the
+    run has no such losses, and not finite where the gradient is not.
     """
 
     task: dict[str, float]
@@ -70,8 +63,7 @@ class Steps:
     Attributes:
         images: number in each step; fewer than the run's where those would take too long.
         memory: peak of a step in MiB: of the GPU, or of this process.
-        student: recorded tensors of the first step, by tap.
-        teacher: likewise.
+        student: recorded tensors of the first step, by tap; likewise ``teacher``.
         entered: shape of the student's input ``[N, C, H, W]`` in the first step.
         teacher_input: the teacher's input in the first step; None without one.
         macs: per term, multiply-accumulates of convolutions and matrix products of one step.
@@ -93,13 +85,9 @@ class Steps:
 
 
 def take_steps(bench: Workbench, batches: int, images: int, seconds: float) -> Steps:
-    """Forward and backward on the run's first batches.
+    """Forward and backward on the first ``images`` of each of the run's first batches.
 
-    Args:
-        bench: the run.
-        batches: number of steps; fewer, but at least one, where they exceed ``seconds``.
-        images: of each batch.
-        seconds: time limit.
+    There are fewer steps than ``batches``, but at least one, where they exceed ``seconds``.
 
     Raises:
         KDError: the run's first step would raise it, too.

@@ -14,7 +14,7 @@ from kd_det.preflight.steps import Steps
 
 
 def inspect_taps(section: Section, context: Context) -> None:
-    """Fill the section; training steps must have been taken."""
+    """Fill the section."""
     distiller, steps = context.bench.distiller, context.steps
     if distiller is None or steps is None:
         section.note("the run has no distillation")

@@ -99,13 +99,12 @@ def _predict(section: Section, context: Context) -> float:
     if not wanted:
         section.warn("no training image has an object")
         return 0.0
-    count = context.num_classes("teacher")
+    count = bench.num_classes("teacher")
     translated = translation(*names, bench.cfg.KD.CLASS_MAP)
     # Without names, class k is the same on both sides.
     table = list(range(count) if translated is None else translated)
-    context.indices = [
-        table.index(k) if k in table else -1 for k in range(context.num_classes("student"))
-    ]
+    own = range(bench.num_classes("student"))
+    context.indices = [table.index(k) if k in table else -1 for k in own]
     watch = Stopwatch(context.device)
     for example in within(wanted, settings.seconds * _PREDICT):
         context.examples.append(example)

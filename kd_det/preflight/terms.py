@@ -13,7 +13,7 @@ _TOO_MUCH, _TOO_LITTLE = 0.9, 0.001
 
 
 def inspect_terms(section: Section, context: Context) -> None:
-    """Fill the section; training steps must have been taken."""
+    """Fill the section."""
     bench, steps = context.bench, context.steps
     if bench.distiller is None or steps is None:
         section.note("the run has no distillation")
@@ -56,16 +56,10 @@ def inspect_terms(section: Section, context: Context) -> None:
 
 
 def proposed_weight(weight: float, norm: float, total: float, share: float) -> float:
-    """The weight that gives a term a share of the gradient, all else as it is.
+    """The weight that gives a term a ``share`` (0..1) of the gradient, all else as it is.
 
     A term's gradient is linear in its weight: with ``u = norm / weight`` and ``r = total - norm``
     of everything else, ``w u / (w u + r) = share`` gives ``w = share / (1 - share) * r / u``.
-
-    Args:
-        weight: the one in use.
-        norm: of the gradient of the weighted term.
-        total: of all norms, this one included.
-        share: wanted, between 0 and 1.
     """
     return share / (1 - share) * (total - norm) / (norm / weight)
 
