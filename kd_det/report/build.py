@@ -13,7 +13,6 @@ from kd_det.document.blocks import Block, Document, Section, Text
 from kd_det.document.page import html, markdown
 from kd_det.report import sections
 from kd_det.report.cost import Measured, measure_all
-from kd_det.report.examples import examples
 from kd_det.report.groups import Problem, Study, collect
 from kd_det.report.runs import describe
 from kd_det.report.scores import Truths, score
@@ -30,7 +29,7 @@ def write_report(
     measure: bool = True,
     console: Console | None = None,
 ) -> Path:
-    """Write ``report.html`` and ``report.md`` about runs.
+    """Write ``report.html`` and ``report.md`` about runs; returns the HTML page.
 
     Broken runs and broken files of runs are named in the report and left out.
 
@@ -41,9 +40,6 @@ def write_report(
         output: folder of the report. An earlier report there is replaced.
         measure: build the models and measure what they cost on this machine.
         console: shows the progress; default standard error.
-
-    Returns:
-        The HTML page.
 
     Raises:
         KDError: ``output`` cannot be written to; ``baseline``, ``teacher`` or all of ``runs`` name
@@ -69,7 +65,7 @@ def write_report(
             "Accuracy": lambda: sections.accuracy(study),
             "Cost": lambda: sections.cost(study, measured),
             "Curves": lambda: sections.curves(study),
-            "Examples": lambda: examples(study, best, truths, measure),
+            "Examples": lambda: sections.examples(study, best, truths, measure),
             "Configuration": lambda: sections.differences(study),
             "Runs": lambda: sections.runs(study),
             # Last: the other sections may add problems.
@@ -92,9 +88,7 @@ def _write(document: Document, folder: Path) -> None:
 
 def _measure(study: Study, progress: Progress) -> list[Measured]:
     task = progress.add_task("measuring models", total=None)
-    measured = measure_all(
-        study, lambda label, total: progress.update(task, advance=1, total=total)
-    )
+    measured = measure_all(study, lambda total: progress.update(task, advance=1, total=total))
     study.problems += [
         Problem(m.label, f"its cost was not measured: {m.failure}")
         for m in measured

@@ -29,7 +29,6 @@ class Answer:
 
     @property
     def right(self) -> bool:
-        """Whether it is the true class."""
         return self.target == self.prediction
 
 

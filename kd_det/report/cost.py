@@ -28,11 +28,9 @@ class Cost:
     """Of the plain student (or teacher) of a run.
 
     Attributes:
-        parameters: their number.
         macs: multiply-accumulates of one image.
         size: bytes of its weights and buffers, without those of a distiller.
-        seconds: median for one image.
-        device: on which that was measured.
+        seconds: median for one image, on ``device``.
     """
 
     parameters: int
@@ -52,16 +50,13 @@ class Measured:
 
     @property
     def label(self) -> str:
-        """The labels of all groups."""
         return ", ".join(group.label for group in self.groups)
 
 
-def measure_all(study: Study, done: Callable[[str, int], None]) -> list[Measured]:
+def measure_all(study: Study, done: Callable[[int], None]) -> list[Measured]:
     """Measure each different model once: the teacher's first, then the students'.
 
-    Args:
-        study: the groups.
-        done: called after each model with its label and the number of all models.
+    ``done`` is called after each model with the number of all models.
     """
     kinds: dict[str, list[Group]] = {}
     for group in [*([study.teacher] if study.teacher else []), *study.students]:
@@ -74,7 +69,7 @@ def measure_all(study: Study, done: Callable[[str, int], None]) -> list[Measured
         # Any exception of one model: the costs of the others are still of use.
         except Exception as error:
             measured.append(Measured(groups, None, describe(error)))
-        done(groups[0].label, len(kinds))
+        done(len(kinds))
     return measured
 
 
@@ -99,8 +94,8 @@ def open_plain(run: Run) -> Workbench:
     """The model of a run with its final weights, without teacher and terms.
 
     Raises:
-        KDError: see :func:`kd_det.hosts.base.load_config` and
-        :func:`kd_det.hosts.base.open_bench`.
+        KDError: the run left no config or no weights, the config is refused, or its host is not
+            installed.
     """
     config, weights = run.file(CONFIG), run.file(FINAL)
     if config is None or weights is None:

@@ -30,10 +30,10 @@ Annotation = dict[str, Any]
 
 @dataclass(frozen=True)
 class Match:
-    """Detections of one image compared with its objects.
+    """Detections of one image, the highest score first, compared with its objects.
 
     Attributes:
-        detections: those with a score of at least 0.5, the highest first.
+        detections: those with a score of at least 0.5.
         correct: per detection, whether it finds an object: one of the same class at an IoU of at
             least 0.5 that no other detection has found.
         objects: indices of the objects that are found.
@@ -45,11 +45,9 @@ class Match:
 
 
 def match(truth: Sequence[Annotation], detections: Sequence[Annotation]) -> Match:
-    """Give each detection the free object of its class that it overlaps most.
+    """Give each detection of an image the free object of its class that it overlaps most.
 
-    Args:
-        truth: ground truth of one image: ``bbox`` ``[x, y, width, height]``, ``category_id``.
-        detections: likewise, with ``score``.
+    Both have ``bbox`` ``[x, y, width, height]`` and ``category_id``, detections also ``score``.
     """
     kept = sorted(
         (d for d in detections if d["score"] >= MIN_SCORE), key=lambda d: d["score"], reverse=True
@@ -75,12 +73,7 @@ def match(truth: Sequence[Annotation], detections: Sequence[Annotation]) -> Matc
 def match_all(
     truth: Mapping[int, Sequence[Annotation]], predictions: Sequence[Annotation]
 ) -> dict[int, Match]:
-    """:func:`match` of every image, also of those without detections.
-
-    Args:
-        truth: image id to its ground truth.
-        predictions: of all images, with ``image_id``.
-    """
+    """:func:`match` by image id, also of images without detections."""
     own: dict[int, list[Annotation]] = defaultdict(list)
     for prediction in predictions:
         own[prediction["image_id"]].append(prediction)

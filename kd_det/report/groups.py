@@ -34,12 +34,9 @@ class Problem:
 
 @dataclass
 class Group:
-    """Runs of one configuration.
+    """Runs of one configuration, one per seed, with its name in tables and pictures.
 
-    Attributes:
-        role: ``"teacher"``, ``"baseline"`` or ``"run"``.
-        runs: one per seed.
-        label: its name in tables and pictures.
+    ``role`` is ``"teacher"``, ``"baseline"`` or ``"run"``.
     """
 
     role: str
@@ -57,7 +54,7 @@ class Group:
 
     @property
     def data(self) -> set[tuple[str, ...]]:
-        """Its test data; see :attr:`kd_det.report.runs.Run.data`."""
+        """Its test data, as in :attr:`kd_det.report.runs.Run.data`."""
         return {run.data for run in self.runs if run.data}
 
     def config(self) -> dict[str, Any]:
@@ -98,13 +95,12 @@ class Study:
 
     @property
     def runs(self) -> list[Run]:
-        """Of all groups."""
         return [run for group in self.everything for run in group.runs]
 
     @property
     def kinds(self) -> list[str]:
         """Kinds of which there are scores: ``bbox``, ``segm``, ``accuracy``."""
-        return [k for k in MAIN if any(g.values(f"{k}/{MAIN[k]}") for g in self.everything)]
+        return [k for k in MAIN if any(g.values(MAIN[k]) for g in self.everything)]
 
     def gain(self, group: Group, name: str) -> Gain | None:
         """Of a score over the baseline; None for baseline and teacher, and on other data."""
@@ -123,12 +119,7 @@ class Study:
 
 
 def collect(runs: Sequence[str], baseline: Sequence[str], teacher: Sequence[str] = ()) -> Study:
-    """Read and group the runs of a command line.
-
-    Args:
-        runs: folders of runs, folders of ``SEEDS``, or glob patterns.
-        baseline: likewise, of the student alone.
-        teacher: likewise; may be empty.
+    """Read and group the runs of a command line: folders, folders of ``SEEDS``, glob patterns.
 
     Raises:
         KDError: ``baseline``, ``teacher`` or all of ``runs`` name no folder.

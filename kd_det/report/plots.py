@@ -38,7 +38,7 @@ _DARK = {_TEXT: "#c9d1d9", _GRID: "#3a424d", _BASELINE: "#9aa4b1", _TEACHER: "#f
 
 
 def dots(groups: Sequence[Group], metric: str, axis: str, name: str) -> Picture:
-    """Every seed of every group as a dot, its mean as a bar.
+    """Every seed of every group as a dot of its score, its mean as a bar.
 
     Args:
         groups: from top to bottom; the baseline's mean and the teacher's are lines.

@@ -23,7 +23,7 @@ Curves = dict[str, dict[int, float]]
 _TRACES = (CONFIG, RECORD, METRICS, RESULTS, FINAL)
 _NAMED_LINES = 5  # of those that cannot be read
 # The kinds of scores by the first part of their names, each with the one that stands for it.
-MAIN = {"bbox": "AP", "segm": "AP", "accuracy": "top1"}
+MAIN = {"bbox": "bbox/AP", "segm": "segm/AP", "accuracy": "accuracy/top1"}
 # Entries of run.json that have parts; git and teacher may be null.
 _ENTRIES: dict[str, type | tuple[type, ...]] = {
     "starts": list,
@@ -44,7 +44,7 @@ class Run:
         last: the folder of its last stage; ``folder`` itself without stages.
         config: dotted key to value; empty if it cannot be read.
         record: ``run.json``; empty in runs that wrote none.
-        curves: see :func:`read_metrics`; of the last stage.
+        curves: of the last stage, as :func:`read_metrics` reads them.
         earlier: folder names of the stages before, to their curves.
         scores: ``bbox/AP``, ``bbox/AP-<class>``, ``accuracy/top1``, ... in percent.
         sources: ``bbox``, ``segm`` or ``accuracy`` to the file of these scores.
@@ -132,11 +132,7 @@ class Run:
         return sorted(named & set(self.curves).union(*self.earlier.values()))
 
     def tagged(self, stage: str = "") -> Curves:
-        """Curves by the names that all hosts share; see :mod:`kd_det.run.curves`.
-
-        Args:
-            stage: one of :attr:`earlier`; by default the last stage.
-        """
+        """Curves by the names that all hosts share, of one of :attr:`earlier` or the last stage."""
         curves = self.earlier.get(stage, {}) if stage else self.curves
         return {curve_tag(name, self.terms): points for name, points in curves.items()}
 
@@ -186,13 +182,10 @@ def read_run(folder: Path) -> Run:
 
 
 def read_metrics(path: Path) -> tuple[Curves, list[str]]:
-    """Every scalar of a file of JSON lines, over iterations done.
+    """Every scalar of a file of JSON lines, and sentences about damages of the file.
 
-    Where an iteration occurs again, after a resume, the later value counts. Lines that cannot be
+    Of an iteration that occurs again, after a resume, the later value counts. Lines that cannot be
     read are left out.
-
-    Returns:
-        The curves in the order of their iterations, and sentences about damages of the file.
     """
     values: dict[str, dict[int, float]] = defaultdict(dict)
     broken = []

@@ -19,7 +19,7 @@ from pycocotools.cocoeval import COCOeval
 from kd_det.core.errors import KDError, fail
 from kd_det.data.catalogue import detection_paths
 from kd_det.report.classified import accuracy, read_answers
-from kd_det.report.runs import Run, describe
+from kd_det.report.runs import MAIN, Run, describe
 from kd_det.run.folder import DETECTIONS, PREDICTIONS, RESULTS
 
 # Evaluators round differently; predictions of other weights differ by more. In percent.
@@ -32,13 +32,9 @@ _AREAS = {"APs": 1, "APm": 2, "APl": 3}
 
 @dataclass(frozen=True)
 class Truth:
-    """A COCO-format data set.
+    """A COCO-format data set: its indexed annotations, and the folder of its images.
 
-    Attributes:
-        name: as configs name it.
-        coco: its annotations, indexed.
-        root: folder that ``file_name`` is relative to.
-        classes: category id to name; a name that several categories have is followed by the id.
+    ``classes`` has names by category id; a name of several categories is followed by the id.
     """
 
     name: str
@@ -53,11 +49,8 @@ Truths = dict[str, Truth | KDError]
 def score(run: Run, truths: Truths) -> None:
     """Replace the scores of a run by those of its saved predictions.
 
-    If they cannot be used, the reason is added to the run's problems, and its scores stay.
-
-    Args:
-        run: changed in place.
-        truths: the data sets read so far; added to.
+    If they cannot be used, the reason is added to the run's problems, and its scores stay. Data
+    sets that are read are added to ``truths``.
     """
     detections, answers = run.predictions, run.file(PREDICTIONS)
     try:
@@ -78,7 +71,7 @@ def truth_of(run: Run, truths: Truths) -> Truth:
     """The first data set of a run's ``DATASETS.TEST``, read once for all runs.
 
     Raises:
-        KDError: see :func:`find_truth`.
+        KDError: a name without a known place, or no readable json there.
     """
     name = run.test_sets[0] if run.test_sets else ""
     key = " ".join(run.data)
@@ -87,18 +80,13 @@ def truth_of(run: Run, truths: Truths) -> Truth:
             truths[key] = find_truth(name, run.config)
         except KDError as error:
             truths[key] = error
-    truth = truths[key]
-    if isinstance(truth, KDError):
+    if isinstance(truth := truths[key], KDError):
         raise truth
     return truth
 
 
 def find_truth(name: str, config: Mapping[str, Any]) -> Truth:
-    """A data set of ``DATASETS.TEST``.
-
-    Args:
-        name: of the data set.
-        config: dotted key to value.
+    """A data set of ``DATASETS.TEST``; ``config`` has dotted keys.
 
     Raises:
         KDError: a name without a known place, or no readable json there.
@@ -155,9 +143,7 @@ def read_predictions(path: Path, truth: Truth) -> list[dict[str, Any]]:
 def detection_scores(truth: Truth, predictions: list[dict[str, Any]]) -> dict[str, float]:
     """COCO's average precisions in percent, by the names Detectron2 gives them.
 
-    Args:
-        truth: the data set.
-        predictions: a COCO result list; masks are measured if every detection has one.
+    Masks are measured if every detection and object has one.
 
     Returns:
         ``bbox/AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl``, ``AP-<class>``, and the same
@@ -167,21 +153,16 @@ def detection_scores(truth: Truth, predictions: list[dict[str, Any]]) -> dict[st
     annotations = truth.coco.dataset["annotations"]
     if predictions and all("segmentation" in e for e in predictions + annotations):
         kinds.append("segm")
-    return {
-        f"{kind}/{name}": value
-        for kind in kinds
-        for name, value in _measured(truth, predictions, kind).items()
-    }
+    return {k: v for kind in kinds for k, v in _measured(truth, predictions, kind).items()}
 
 
 def _take(run: Run, measured: Mapping[str, float], source: str) -> None:
-    for name in ("bbox/AP", "segm/AP", "accuracy/top1"):
+    for kind, name in MAIN.items():
         before, now = run.scores.get(name), measured.get(name)
-        earlier = run.sources.get(name.split("/")[0])
         if before is not None and now is not None and not math.isclose(before, now, abs_tol=_SAME):
             run.problems.append(
-                f"its saved predictions give {name} {now:.2f}, its {earlier} {before:.2f}: they "
-                "are of different evaluations; the former are shown"
+                f"its saved predictions give {name} {now:.2f}, its {run.sources.get(kind)} "
+                f"{before:.2f}: they are of different evaluations; the former are shown"
             )
     run.take(measured, source)
 
@@ -215,7 +196,8 @@ def _measured(truth: Truth, predictions: list[dict[str, Any]], kind: str) -> dic
     for at, category in enumerate(evaluation.params.catIds):
         parts[f"AP-{truth.classes[category]}"] = precision[:, :, at, 0, -1]
     # COCOeval writes -1 where there is no object.
-    return {k: 100 * float(p[p > -1].mean()) for k, p in parts.items() if (p > -1).any()}
+    measured = {name: part[part > -1] for name, part in parts.items()}
+    return {f"{kind}/{name}": 100 * float(p.mean()) for name, p in measured.items() if p.size}
 
 
 def _results(coco: COCO, predictions: list[dict[str, Any]], kind: str) -> COCO:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kd_det.document.blocks import Block, Cell, Figure, Table, Text, Tone, row, table_of
-from kd_det.report.cost import Measured, deployment_table, training_table
+from kd_det.report.classified import answer_blocks, read_answers
+from kd_det.report.cost import Measured, deployment_table, open_plain, training_table
+from kd_det.report.detected import detection_blocks
 from kd_det.report.groups import Group, Problem, Study
 from kd_det.report.plots import dots, panels
-from kd_det.report.runs import MAIN, Run
+from kd_det.report.runs import MAIN, Run, describe
+from kd_det.report.scores import Truths, read_predictions, truth_of
 from kd_det.report.stats import Gain, spread
 from kd_det.report.summary import LABELS, Headline, facts, sentences
 from kd_det.run.curves import GROUPS
@@ -21,7 +24,7 @@ _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "top1", "top5", "top1_bes
 _MANY_CLASSES = 20
 _MARK = " †"
 _NAMED = 4
-_VALIDATION = ("bbox/AP", "segm/AP", "accuracy/top1")
+_VALIDATION = tuple(MAIN.values())
 _LOOP = ("lr", "time", "data_time", "max_mem")
 
 
@@ -29,9 +32,8 @@ def summary(study: Study, best: Headline | None, measured: Sequence[Measured]) -
     """One sentence, the numbers, and every run as a dot."""
     blocks: list[Block] = [*sentences(study, best, measured), facts(study, best, measured)]
     for kind in study.kinds:
-        metric = f"{kind}/{MAIN[kind]}"
-        label = LABELS[metric]
-        picture = dots(study.everything, metric, f"{label} (%)", f"dots_{kind}")
+        label = LABELS[MAIN[kind]]
+        picture = dots(study.everything, MAIN[kind], f"{label} (%)", f"dots_{kind}")
         note = "A dot is a run, a bar the mean of its seeds; the lines are baseline and teacher."
         blocks.append(Figure(f"{label[0].upper()}{label[1:]} of every run", picture, note))
     return blocks
@@ -90,6 +92,43 @@ def curves(study: Study) -> list[Block]:
     return [Text(text), *blocks]
 
 
+def examples(study: Study, best: Headline | None, truths: Truths, build: bool) -> list[Block]:
+    """Images on which a run and the baseline differ most, both ways.
+
+    Args:
+        study: problems with images and predictions are added to it.
+        best: its run is compared if it has predictions.
+        truths: the data sets read so far.
+        build: whether the host of a classifier may be opened, which alone can find its images.
+    """
+    kind = best.metric.split("/")[0] if best else "bbox"
+    source = PREDICTIONS if kind == "accuracy" else DETECTIONS
+    pair = _choose(study, best, source)
+    if pair is None:
+        return [
+            Text(
+                "No examples: they need usable predictions of a run and of the baseline "
+                f"({source}; tools/train_net.py --eval-only writes them)."
+            )
+        ]
+    label, run, baseline = pair
+    runs = {"baseline": baseline, label: run}
+    if study.teacher and study.on_same_data(study.teacher):
+        runs |= zip(["teacher"], _with_predictions(study.teacher, source), strict=False)
+    compared = Text(f"{run.folder} beside {baseline.folder}.")
+    if kind == "accuracy":
+        return [compared, *_of_classifiers(study, run, runs, build)]
+    truth = truth_of(run, truths)
+    predictions = {
+        name: read_predictions(path, truth)
+        for name, one in runs.items()
+        if (path := one.predictions)
+    }
+    blocks, problems = detection_blocks(truth, label, predictions)
+    study.problems += [Problem(truth.name, what) for what in problems]
+    return [compared, *blocks]
+
+
 def differences(study: Study) -> list[Block]:
     """Between students, and between baseline and teacher."""
     blocks: list[Block] = []
@@ -140,21 +179,16 @@ def _scores_table(study: Study, kind: str) -> Table:
     """A row per configuration: mean, spread, gain over the baseline and its verdict."""
     names = [f"{kind}/{name}" for name in _METRICS]
     names = [n for n in names if any(group.values(n) for group in study.everything)]
-    main = f"{kind}/{MAIN[kind]}"
+    main = MAIN[kind]
     rows = []
     for group in study.everything:
         gain, share = study.gain(group, main), study.recovered(group, main)
-        rows.append(
-            row(
-                f"{group.label}{_MARK if _marked(group, kind) else ''}",
-                str(len(group.values(main))),
-                *(_score(study, group, name) for name in names),
-                Cell(gain.verdict if gain else "", _tone(gain)),
-                Cell(
-                    "" if share is None else f"{share:.0%}", "" if gain and gain.counts else "muted"
-                ),
-            )
-        )
+        label = f"{group.label}{_MARK if _marked(group, kind) else ''}"
+        scores = [_score(study, group, name) for name in names]
+        verdict = Cell(gain.verdict if gain else "", _tone(gain))
+        closed = "" if share is None else f"{share:.0%}"
+        gap = Cell(closed, "" if gain and gain.counts else "muted")
+        rows.append(row(label, str(len(group.values(main))), *scores, verdict, gap))
     note = (
         "Percent, mean ± sample standard deviation over seeds; below it the gain over the "
         "baseline. A gain counts beyond twice the larger of the two deviations."
@@ -172,7 +206,7 @@ def _scores_table(study: Study, kind: str) -> Table:
 
 def _class_table(study: Study, kind: str) -> Table | None:
     """A row per class: the score of every configuration, and its gain over the baseline."""
-    prefix = f"{kind}/{MAIN[kind]}-"
+    prefix = f"{MAIN[kind]}-"
     groups = study.everything
     names = dict.fromkeys(
         name for group in groups for run in group.counted for name in run.scores
@@ -182,7 +216,7 @@ def _class_table(study: Study, kind: str) -> Table | None:
     if not shown:
         return None
     return Table(
-        f"{_KINDS[kind]} by class ({MAIN[kind]})",
+        f"{_KINDS[kind]} by class ({MAIN[kind].split('/')[1]})",
         ["class", *(group.label for group in shown)],
         [
             row(name.removeprefix(prefix), *(_score(study, group, name, 1) for group in shown))
@@ -256,3 +290,37 @@ def _started(run: Run) -> str:
 def _commit(run: Run) -> str:
     git = run.record.get("git") or {}
     return f"{str(git['commit'])[:8]}{' with changes' if git.get('dirty') else ''}" if git else ""
+
+
+def _choose(study: Study, best: Headline | None, source: str) -> tuple[str, Run, Run] | None:
+    """Label and run of a configuration, the best if possible, and the baseline's run beside it."""
+    alone = _with_predictions(study.baseline, source) if study.baseline else []
+    usable = [group for group in study.groups if study.on_same_data(group)]
+    for group in sorted(usable, key=lambda group: best is None or group is not best.group):
+        for run in _with_predictions(group, source):
+            # The same seed had the same start and the same order of images.
+            same = [other for other in alone if other.seed == run.seed]
+            if alone:
+                return group.label, run, (same or alone)[0]
+    return None
+
+
+def _with_predictions(group: Group, source: str) -> list[Run]:
+    """Runs whose predictions were usable."""
+    return [run for run in group.counted if source in run.sources.values()]
+
+
+def _of_classifiers(study: Study, run: Run, runs: Mapping[str, Run], build: bool) -> list[Block]:
+    answers = {
+        name: read_answers(path) for name, one in runs.items() if (path := one.file(PREDICTIONS))
+    }
+    if build:
+        try:
+            bench = open_plain(run)
+            names = bench.class_names("student")
+            return answer_blocks(answers, names, bench.validation_pictures)
+        # Without its data or its host there is still a table.
+        except Exception as error:
+            what = f"its validation images are not shown: {describe(error)}"
+            study.problems.append(Problem(str(run.folder), what))
+    return answer_blocks(answers)

@@ -11,12 +11,10 @@ DEVIATIONS = 2
 
 @dataclass(frozen=True)
 class Gain:
-    """The difference between two samples of runs.
+    """The difference between the means of two samples of runs.
 
-    Attributes:
-        difference: of the means.
-        noise: the larger of the two sample standard deviations; None where a sample has one run.
-        deviations: a gain counts beyond this many times the noise.
+    ``noise`` is the larger of the two sample standard deviations, None where a sample has one run;
+    a gain counts beyond ``deviations`` times the noise.
     """
 
     difference: float

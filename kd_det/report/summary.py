@@ -16,13 +16,7 @@ LABELS = {"bbox/AP": "box AP", "segm/AP": "mask AP", "accuracy/top1": "top-1 acc
 
 @dataclass(frozen=True)
 class Headline:
-    """The configuration that gains most, if any gain counts; else the highest.
-
-    Attributes:
-        group: its runs.
-        metric: name of the score.
-        gain: over the baseline.
-    """
+    """The configuration that gains most over the baseline, if any gain counts; else the highest."""
 
     group: Group
     metric: str
@@ -35,11 +29,10 @@ def headline(study: Study) -> Headline | None:
     None where nothing can be compared.
     """
     for kind in study.kinds:
-        metric = f"{kind}/{MAIN[kind]}"
         candidates = [
-            Headline(group, metric, gain)
+            Headline(group, MAIN[kind], gain)
             for group in study.groups
-            if (gain := study.gain(group, metric)) is not None
+            if (gain := study.gain(group, MAIN[kind])) is not None
         ]
         if candidates:
             return max(candidates, key=_rank)
