@@ -37,13 +37,10 @@ def row(*cells: str | Cell) -> list[Cell]:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image file: SVG, JPEG or PNG.
+    """An image file: SVG, JPEG or PNG, by the ending of its name beside a Markdown document.
 
-    Attributes:
-        name: of the file beside a Markdown document; its ending is that of the format.
-        content: of the file.
-        text: description for readers who do not see it.
-        dark: content for dark pages; None if one picture serves both.
+    ``text`` describes it for readers who do not see it; ``dark`` is its content for dark pages,
+    None if one picture serves both.
     """
 
     name: str
@@ -76,13 +73,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence that judges something.
-
-    Attributes:
-        level: ``error``, ``warning``, ``ok`` (checked and good) or ``note`` (nothing to judge).
-        section: title of the section it belongs to.
-        message: the sentence.
-    """
+    """One sentence that judges something, and the title of the section it belongs to."""
 
     level: Level
     section: str
@@ -110,14 +101,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; the first column names the row.
+    """Rows of as many cells as columns; the first column names the row.
 
-    Attributes:
-        title: above it.
-        columns: headings.
-        rows: as many cells as columns.
-        note: below it.
-        folded: HTML shows it on demand.
+    HTML shows a folded one on demand.
     """
 
     title: str
@@ -167,13 +153,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Rows of pictures side by side.
+    """Rows of pictures side by side, each with a caption; the note stands above them.
 
-    Attributes:
-        title: above it.
-        columns: headings; without them every picture is captioned by its own text.
-        rows: a caption and its pictures.
-        note: above the pictures.
+    Without columns every picture is captioned by its own text.
     """
 
     title: str
@@ -209,7 +191,6 @@ class Document:
     sections: Sequence[Section]
 
     def pictures(self) -> Iterator[Picture]:
-        """All pictures, in their order."""
         for section in self.sections:
             for block in section.blocks:
                 if isinstance(block, Figure):

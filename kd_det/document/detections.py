@@ -32,12 +32,12 @@ def draw_detections(
     path: Path,
     names: Sequence[str] | None = None,
 ) -> None:
-    """One row per image, one column per model, boxes labelled with the class.
+    """Write a PNG of one row per image and one column per model, boxes labelled with the class.
 
     Args:
         images: uint8 RGB ``[3, H, W]``.
         columns: title to detections per image; those below a score of 0.5 are left out.
-        path: the PNG to write.
+        path: the PNG.
         names: of the classes; their indices are shown without them.
     """
     rows = zip(images, *columns.values(), strict=True)
@@ -53,11 +53,11 @@ def draw_grid(
     labels: Sequence[Sequence[str]] = (),
     detections: bool = False,
 ) -> None:
-    """Images in rows and columns.
+    """Write a PNG of images in rows and columns.
 
     Args:
         images: uint8 RGB ``[3, H, W]``, row by row.
-        path: the PNG to write.
+        path: the PNG.
         columns: a title above each column.
         rows: a title to the left of each row.
         labels: a text below each image.

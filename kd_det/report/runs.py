@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kd_det.core.errors import KDError
-from kd_det.run.config import literal
+from kd_det.run.config import flatten, literal
 from kd_det.run.curves import curve_tag
 from kd_det.run.folder import CONFIG, DETECTIONS, FINAL, INFERENCE, METRICS, RECORD, RESULTS
 from kd_det.run.record import FAILED, RUNNING, read_record
@@ -162,7 +162,7 @@ def read_run(folder: Path) -> Run:
     run = Run(folder, last)
     if path := run.file(CONFIG):
         try:
-            run.config = dict(flatten(load_yaml(str(path))))
+            run.config = {k: v for k, v in flatten(load_yaml(str(path))) if v != {}}
         except KDError as error:
             run.problems.append(f"{CONFIG} cannot be read: {error}")
     else:
@@ -215,15 +215,6 @@ def describe(error: Exception) -> str:
     return str(error) if isinstance(error, KDError) else f"{type(error).__name__}: {error}"
 
 
-def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested mappings; an empty one has neither."""
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def percentages(results: Any, test: Sequence[str] = ()) -> dict[str, float]:
     """``{"bbox/AP": ...}`` of a host's results; of several test sets, the first of ``test``.
 
@@ -232,12 +223,11 @@ def percentages(results: Any, test: Sequence[str] = ()) -> dict[str, float]:
     if isinstance(results, Mapping) and test and test[0] in results:
         results = results[test[0]]
     values = dict(flatten(results)) if isinstance(results, Mapping) else {}
+    numbers = {k: float(v) for k, v in values.items() if isinstance(v, (int, float))}
     return {
-        name.replace(".", "/", 1): float(value)
-        for name, value in values.items()
-        if name.split(".")[0] in MAIN
-        and isinstance(value, (int, float))
-        and value == value  # not NaN
+        name.replace(".", "/", 1): value
+        for name, value in numbers.items()
+        if name.split(".")[0] in MAIN and not math.isnan(value)
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fvcore.common.config import CfgNode
@@ -119,7 +119,7 @@ def read_terms(cfg: CfgNode) -> tuple[Term, ...]:
 
     They are parsed once: equal nodes have the same terms, as long as no loss is registered anew.
     """
-    terms, active = _plain(cfg.KD.TERMS), list(cfg.KD.ACTIVE_TERMS)
+    terms, active = plain(cfg.KD.TERMS), list(cfg.KD.ACTIVE_TERMS)
     # Detectron2 builds its models from the config alone, so terms cannot be handed on beside it.
     key = (repr((terms, active)), *LOSSES, *SCHEDULES)
     if key not in _PARSED:
@@ -218,7 +218,17 @@ def _parent(key: str) -> str:
     return key.rpartition(".")[0]
 
 
-def _plain(node: Any) -> Any:
+def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested mappings; an empty mapping is a value."""
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def plain(node: Any) -> Any:
+    """The value with dicts in place of config nodes."""
     if isinstance(node, dict):
-        return {k: _plain(v) for k, v in node.items()}
+        return {k: plain(v) for k, v in node.items()}
     return node

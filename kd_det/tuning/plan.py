@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from fvcore.common.config import CfgNode
 
 from kd_det.core.errors import check_known, fail
 from kd_det.hosts import base
+from kd_det.run.config import flatten, plain
 from kd_det.run.yaml_files import config_path
 from kd_det.tuning.space import Space, as_text
 
@@ -34,11 +35,7 @@ class TunedConfig:
     overrides: Sequence[str] = ()
 
     def load(self, values: Mapping[str, float] | None = None) -> CfgNode:
-        """The config with ``values`` by key, read and checked as its host does.
-
-        Raises:
-            KDError: see :func:`kd_det.run.config.merge_config`.
-        """
+        """The config with ``values`` by key, read and checked as its host does."""
         opts = [part for key, value in (values or {}).items() for part in (key, as_text(value))]
         return base.load_config(self.config_file, [*self.overrides, *opts])
 
@@ -52,11 +49,8 @@ class TunedConfig:
         cfg = self.load()
         given = self.overrides[::2]
         if not spaces:
-            fail(
-                expected="keys to tune",
-                received="none",
-                remedy="add --keys KD.TERMS.<term>.WEIGHT",
-            )
+            remedy = "add --keys KD.TERMS.<term>.WEIGHT"
+            fail(expected="keys to tune", received="none", remedy=remedy)
         for key in [*given, *spaces]:
             if key in OWN_KEYS:
                 fail(
@@ -83,11 +77,7 @@ class TunedConfig:
                 self.load({key: value})
 
     def metric(self, metric: str = "") -> str:
-        """The metric to maximise, by default the main one of the host.
-
-        Raises:
-            KDError: the host has no metrics of this group.
-        """
+        """The given metric or the main one of the host; others than the host's are refused."""
         default, groups = _METRICS[base.read_host(self.config_file)]
         group, _, name = (metric or default).partition("/")
         if group not in groups or not name:
@@ -99,11 +89,7 @@ class TunedConfig:
         return metric or default
 
     def seeds(self, seeds: Sequence[int] = ()) -> list[int]:
-        """The seeds given, by default those of the config.
-
-        Raises:
-            KDError: a seed that is negative or repeats.
-        """
+        """The seeds given or those of the config; negative and repeated ones are refused."""
         if not seeds:
             cfg = self.load()
             seeds = list(cfg.SEEDS) or [cfg.SEED if cfg.SEED >= 0 else 1]
@@ -113,37 +99,20 @@ class TunedConfig:
 
     def settings(self, values: Mapping[str, float]) -> dict[str, Any]:
         """Every key with its value, except for those that the search sets."""
-        return {key: value for key, value in _flat(self.load(values)) if key not in OWN_KEYS}
+        return {key: value for key, value in flatten(self.load(values)) if key not in OWN_KEYS}
 
     def write(self, path: Path, values: Mapping[str, float]) -> None:
         """Write a config with the overrides and ``values``, whose base is the tuned one."""
         cfg = self.load(values)
-        content: dict[str, Any] = {"_BASE_": _base(self.config_file, path.parent)}
+        # A shipped config keeps its name, which is the same on every machine.
+        shipped = config_path(self.config_file) != self.config_file
+        base_file = self.config_file if shipped else os.path.relpath(self.config_file, path.parent)
+        content: dict[str, Any] = {"_BASE_": base_file}
         for key in [*self.overrides[::2], *values]:
             node, source = content, cfg
             *parents, name = key.split(".")
             for parent in parents:
                 node, source = node.setdefault(parent, {}), source[parent]
-            node[name] = _plain(source[name])
+            node[name] = plain(source[name])
         comment = f"# The best values of a search by kd-det tune; {TABLE} has their margins.\n"
         path.write_text(comment + yaml.safe_dump(content, sort_keys=False))
-
-
-def _base(config_file: str, folder: Path) -> str:
-    """A shipped config keeps its name, which is the same on every machine."""
-    shipped = config_path(config_file) != config_file
-    return config_file if shipped else os.path.relpath(config_file, folder)
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, CfgNode) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
-    return value

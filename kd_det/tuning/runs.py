@@ -37,7 +37,6 @@ class TrainNet:
     A finished run is read, an interrupted one continues from its last checkpoint.
 
     Attributes:
-        config_file: of any host.
         overrides: ``KEY VALUE`` pairs, the same for all runs.
         metric: ``group/name``, such as ``bbox/AP`` or ``accuracy/top1``.
         num_gpus: processes of each run.
@@ -87,7 +86,11 @@ class TrainNet:
                 pass_fds=[] if self.lock is None else [self.lock],
             )
             try:
-                _wait(process, self.stop)
+                while process.poll() is None:
+                    if self.stop():
+                        raise KeyboardInterrupt
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(_POLL_SECONDS)
             finally:
                 _end(process)
         if process.returncode:
@@ -127,14 +130,6 @@ def _pick(results: Mapping[str, Any], metric: str, output: Path) -> float:
 def _last_line(screen: Path) -> str:
     lines = [line.strip() for line in screen.read_text(errors="replace").splitlines()]
     return next((line for line in reversed(lines) if line), "nothing on its screen")
-
-
-def _wait(process: subprocess.Popen[bytes], stop: Callable[[], bool]) -> None:
-    while process.poll() is None:
-        if stop():
-            raise KeyboardInterrupt
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_POLL_SECONDS)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -35,7 +35,6 @@ class Point:
 
     @property
     def mean(self) -> float:
-        """Mean over seeds."""
         return statistics.fmean(self.scores)
 
     @property
@@ -59,7 +58,6 @@ class Sweep:
 
     @property
     def best(self) -> Point:
-        """The point with the highest mean."""
         return self.finished[0]
 
 
@@ -132,9 +130,8 @@ def greedy_search(
             storage=storage, study_name=key, direction="maximize", load_if_exists=True
         )
         folder = output / "runs" / key
-        _check_settings(
-            study, {"seeds": list(seeds), "log": space.log, **settings(fixed)}, output, folder
-        )
+        given = {"seeds": list(seeds), "log": space.log, **settings(fixed)}
+        _check_settings(study, given, output, folder)
         # Another seed at every start: the same one would draw the same values again.
         study.sampler = space.make_sampler(len(study.trials))
         todo = _queue(study, key, space)
@@ -207,9 +204,8 @@ def _check_settings(
         return
     changed = sorted(k for k in before | now if before.get(k) != now.get(k))
     if changed:
-        received = ", ".join(f"{k} {now.get(k)!r}, was {before.get(k)!r}" for k in changed[:4])
         fail(
             expected=f"the search of {study.study_name} in {output} to continue as it began",
-            received=received,
+            received=", ".join(f"{k} {now.get(k)!r}, was {before.get(k)!r}" for k in changed[:4]),
             remedy="start the command as it was, or choose another output",
         )

@@ -18,13 +18,8 @@ SAMPLERS = ("grid", "tpe", "random")
 class Space:
     """Values to try for one key, as :func:`make_space` checks and builds them.
 
-    Attributes:
-        low: the smallest value.
-        high: the largest value.
-        trials: number of values.
-        log: draw evenly in the logarithm.
-        sampler: ``"tpe"`` or ``"random"``, or ``"grid"`` for exactly ``values``.
-        values: those of a grid, in their order.
+    ``trials`` values from ``low`` to ``high``: by the sampler ``"tpe"`` or ``"random"``, drawn
+    evenly in the logarithm with ``log``, or for ``"grid"`` exactly ``values``, in their order.
     """
 
     low: float
@@ -81,11 +76,8 @@ def make_space(
                 remedy="leave out one of the two",
             )
         if not all(map(math.isfinite, values)) or len(set(values)) < len(values):
-            fail(
-                expected="finite values, each once",
-                received=_listed(values),
-                remedy="correct the list",
-            )
+            expected = "finite values, each once"
+            fail(expected=expected, received=_listed(values), remedy="correct the list")
         return Space(min(values), max(values), len(values), values=tuple(map(float, values)))
     if low is None or high is None:
         fail(
@@ -100,11 +92,8 @@ def make_space(
             remedy="correct the range",
         )
     if trials < (2 if sampler == "grid" else 1):
-        fail(
-            expected="at least one trial, of a grid two",
-            received=f"{trials}",
-            remedy="give more trials",
-        )
+        expected = "at least one trial, of a grid two"
+        fail(expected=expected, received=f"{trials}", remedy="give more trials")
     if sampler != "grid":
         return Space(low, high, trials, log, sampler)
     spaced = (np.geomspace if log else np.linspace)(low, high, trials)

@@ -59,8 +59,8 @@ def tune(
         run: replaces the training.
 
     Raises:
-        KDError: before the first training, about any value that would fail later; or see
-            :func:`kd_det.tuning.search.greedy_search`.
+        KDError: before the first training, about any value that would fail later; or every value of
+            a key failed, or the search in ``output`` was begun with other settings.
     """
     if jobs < 1 or (jobs > 1 and num_gpus > 1):
         fail(
