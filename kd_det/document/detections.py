@@ -53,15 +53,9 @@ def draw_grid(
     labels: Sequence[Sequence[str]] = (),
     detections: bool = False,
 ) -> None:
-    """Write a PNG of images in rows and columns.
+    """Write a PNG of images, uint8 RGB ``[3, H, W]``, in rows and columns with titles.
 
-    Args:
-        images: uint8 RGB ``[3, H, W]``, row by row.
-        path: the PNG.
-        columns: a title above each column.
-        rows: a title to the left of each row.
-        labels: a text below each image.
-        detections: name the threshold of their score above the images.
+    ``labels`` are texts below each image; ``detections`` names the threshold of their score.
     """
     shape = len(images), len(images[0])
     size = (_CELL * shape[1], _CELL * shape[0] + 0.5)

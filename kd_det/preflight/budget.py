@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -17,16 +16,14 @@ class Stopwatch:
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self.seconds = 0.0
+        self.seconds = self._started = 0.0
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Count the time of the block."""
-        start = self._now()
-        try:
-            yield
-        finally:
-            self.seconds += self._now() - start
+    def __enter__(self) -> Stopwatch:
+        self._started = self._now()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds += self._now() - self._started
 
     def _now(self) -> float:
         if self.device.startswith("cuda"):
@@ -39,12 +36,10 @@ def timed(work: Callable[[], object], device: str, long: float = 1.0) -> float:
 
     On a CPU, a first call of more than ``long`` seconds counts itself.
     """
-    watch = Stopwatch(device)
-    with watch.running():
+    with Stopwatch(device) as watch:
         work()
     if watch.seconds < long or device.startswith("cuda"):
-        watch = Stopwatch(device)
-        with watch.running():
+        with Stopwatch(device) as watch:
             work()
     return watch.seconds
 

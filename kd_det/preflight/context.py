@@ -52,6 +52,7 @@ class Context:
     answers: list[Answer] = field(default_factory=list)
     seconds_per_image: dict[Side, float] = field(default_factory=dict)
     steps: Steps | None = None
+    steps_failed: bool = False
 
     @property
     def shares_classes(self) -> bool:

@@ -33,13 +33,16 @@ def inspect_cost(section: Section, context: Context) -> None:
     seconds = {part: steps.mean(part) * factor for part, factor in factors.items()}
     workers = cfg.DATALOADER.NUM_WORKERS
     iteration = iteration_seconds(seconds, workers)
+    on_gpu = context.device.startswith("cuda")
+    cpu = f"CPU with {torch.get_num_threads()} threads"
     rows = [
         (f"data (one of {workers} loader processes)" if part == "data" and workers else part,
          f"{value:.3f}", f"{value / iteration:.0%}")
         for part, value in seconds.items()
     ]  # fmt: skip
     section.table(
-        f"Seconds of an iteration of {counted(whole, 'image')} on one {_device_name(context)}",
+        f"Seconds of an iteration of {counted(whole, 'image')} on one "
+        f"{torch.cuda.get_device_name() if on_gpu else cpu}",
         ("part", "seconds", "of an iteration"),
         [*rows, ("iteration", f"{iteration:.3f}", "")],
     )
@@ -53,7 +56,7 @@ def inspect_cost(section: Section, context: Context) -> None:
     hours = iterations * iteration / 3600
     section.data |= {"seconds": seconds, "iteration": iteration, "hours": hours}
     section.data["memory_mib"] = steps.memory
-    kind = "of GPU memory" if context.device.startswith("cuda") else "of this process's memory"
+    kind = "of GPU memory" if on_gpu else "of this process's memory"
     section.note(
         f"{hours:,.{'2g' if hours < 10 else '0f'}} hours for {iterations:,} iterations on this "
         "device, without evaluation"
@@ -128,8 +131,7 @@ def _models(section: Section, context: Context) -> None:
     sides: tuple[Side, ...] = ("teacher", "student") if context.bench.teacher else ("student",)
     rows = []
     for side in sides:
-        watch = Stopwatch(context.device)
-        with watch.running():
+        with Stopwatch(context.device) as watch:
             count = macs(context.bench, side) / 1e9
         # The overhead of counting is negligible in a long forward.
         quick = watch.seconds < _LONG
@@ -148,9 +150,3 @@ def _image_size(arguments: Any) -> str:
     while not isinstance(arguments, Tensor):
         arguments = next(iter(arguments.values() if isinstance(arguments, dict) else arguments))
     return f"{arguments.shape[-2]}×{arguments.shape[-1]}"
-
-
-def _device_name(context: Context) -> str:
-    if context.device.startswith("cuda"):
-        return torch.cuda.get_device_name()
-    return f"CPU with {torch.get_num_threads()} threads"

@@ -147,7 +147,7 @@ def find_better(
     Args:
         own: answers under the configured input.
         others: by description, another input and the answers under it on the same images.
-        indices: as in :func:`~kd_det.preflight.answers.truth_confidence`.
+        indices: per class of the student the model's index of it, -1 where it has none.
     """
     before = truth_confidence(own, indices)
     relabelled = float(truth_confidence(own, agreed(own, indices)).mean())

@@ -29,15 +29,13 @@ _NEEDS_STEPS = ("Taps", "Terms", "Cost")
 _STEPS = 0.35  # of Settings.seconds
 _PASSES = 3  # forwards that take as long as a forward and its backward pass
 
-Notify = Callable[[str], None]
-
 
 def run_preflight(
     cfg: CfgNode,
     settings: Settings | None = None,
     picture: Path | None = None,
-    begin: Notify | None = None,
-    done: Callable[[Section], None] | None = None,
+    begin: Callable[[str], None] = lambda title: None,
+    done: Callable[[Section], None] = lambda section: None,
     remark: str = "",
 ) -> Preflight:
     """Look at a run before it starts. Trains nothing and writes nothing but the picture.
@@ -49,22 +47,26 @@ def run_preflight(
         cfg: as :func:`kd_det.hosts.base.load_config` reads it.
         settings: the extent of preflight.
         picture: file for the picture of the teacher's predictions; None draws none.
-        begin: called with the title of each section before it is worked on.
-        done: called with each section when it is complete.
+        begin: called with the title of each section before the work on it.
+        done: called with each section after it.
         remark: a note at the beginning; none if empty.
     """
     started = time.perf_counter()
     report = Preflight(str(cfg.OUTPUT_DIR), str(cfg.HOST))
-    state = _State(cfg, settings or Settings(), picture)
+    context: Context | None = None
     for title in TITLES:
-        if begin is not None:
-            begin(title)
+        begin(title)
         section = Section(title)
-        if remark and title == BUILD:
-            section.note(remark)
         start = time.perf_counter()
         try:
-            state.work(section)
+            if title == BUILD:
+                if remark:
+                    section.note(remark)
+                context = _build(section, cfg, settings or Settings(), picture)
+            elif context is None:
+                section.note("skipped: the run could not be built")
+            else:
+                _inspect(section, context)
         except (KDError, FloatingPointError, torch.OutOfMemoryError) as error:
             section.error(_one_line(error))
         # The other sections are of use whatever exception a broken run raises here.
@@ -74,8 +76,7 @@ def run_preflight(
         section.seconds = time.perf_counter() - start
         report.sections.append(section)
         report.seconds = time.perf_counter() - started
-        if done is not None:
-            done(section)
+        done(section)
     return report
 
 
@@ -83,40 +84,26 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-class _State:
-    """The context, once the run is built, and whether training steps have failed."""
+def _build(section: Section, cfg: CfgNode, settings: Settings, picture: Path | None) -> Context:
+    bench = open_bench(cfg)
+    kind = "distilled" if bench.distiller is not None else "alone: KD.ENABLED is False"
+    section.ok(f"{type(bench.student).__name__} on {cfg.MODEL.DEVICE}, {kind}")
+    for name in bench.pre_stage:
+        section.note(
+            f"term '{name}' has a network that the run first trains on the teacher; here it is "
+            "random, and so are the term's values"
+        )
+    return Context(cfg, bench, settings, picture)
 
-    def __init__(self, cfg: CfgNode, settings: Settings, picture: Path | None) -> None:
-        self.cfg, self.settings, self.picture = cfg, settings, picture
-        self.context: Context | None = None
-        self.no_steps = False
 
-    def work(self, section: Section) -> None:
-        if section.title == BUILD:
-            self._build(section)
+def _inspect(section: Section, context: Context) -> None:
+    if section.title in _NEEDS_STEPS and context.steps is None:
+        if context.steps_failed:
+            section.note("skipped: no training step could be taken")
             return
-        if self.context is None:
-            section.note("skipped: the run could not be built")
-            return
-        if section.title in _NEEDS_STEPS and self.context.steps is None:
-            if self.no_steps:
-                section.note("skipped: no training step could be taken")
-                return
-            self.no_steps = True  # unless this works
-            self.context.steps = _steps(self.context)
-        _INSPECT[section.title](section, self.context)
-
-    def _build(self, section: Section) -> None:
-        bench = open_bench(self.cfg)
-        self.context = Context(self.cfg, bench, self.settings, self.picture)
-        model = type(bench.student).__name__
-        kind = "distilled" if bench.distiller is not None else "alone: KD.ENABLED is False"
-        section.ok(f"{model} on {self.cfg.MODEL.DEVICE}, {kind}")
-        for name in bench.pre_stage:
-            section.note(
-                f"term '{name}' has a network that the run first trains on the teacher; here it is "
-                "random, and so are the term's values"
-            )
+        context.steps_failed = True  # unless this works
+        context.steps = _steps(context)
+    _INSPECT[section.title](section, context)
 
 
 def _steps(context: Context) -> Steps:

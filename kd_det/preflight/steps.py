@@ -133,14 +133,13 @@ class _Watch:
         bench = self.bench
         watches = {name: Stopwatch(self.device) for name in ("forward", "teacher", "losses")}
         self._forget_peak()
-        with self._hooks(watches), watches["forward"].running():
+        with self._hooks(watches), watches["forward"]:
             losses = bench.losses(batch)
         peak = peak_memory(self.device)
         # Memory that only the measurement takes does not count.
         terms, task, norm = self._measure(losses)
         self._forget_peak()
-        backward = Stopwatch(self.device)
-        with backward.running():
+        with Stopwatch(self.device) as backward:
             (torch.stack([loss.float() for loss in losses.values()]).sum() * self._scale).backward()
         self.memory = max(peak, peak_memory(self.device))
         bench.model.zero_grad(set_to_none=True)
@@ -212,7 +211,7 @@ class _Watch:
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._inputs = args, kwargs
-            timing.enter_context(watches["losses"].running())
+            timing.enter_context(watches["losses"])
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             timing.close()
@@ -221,7 +220,7 @@ class _Watch:
             models = {"student": bench.student}
             if bench.teacher is not None:
                 models["teacher"] = bench.teacher.model
-                stack.enter_context(bench.teacher.observed(watches["teacher"].running))
+                stack.enter_context(bench.teacher.observed(lambda: watches["teacher"]))
             handles = [
                 entry(model).register_forward_pre_hook(partial(keep, side))
                 for side, model in models.items()

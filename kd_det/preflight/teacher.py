@@ -108,7 +108,7 @@ def _predict(section: Section, context: Context) -> float:
     watch = Stopwatch(context.device)
     for example in within(wanted, settings.seconds * _PREDICT):
         context.examples.append(example)
-        with watch.running():
+        with watch:
             context.answers.append(answer(bench, "teacher", example, count))
     if context.picture is not None:
         shown = slice(_SHOWN_IMAGES)
@@ -200,8 +200,7 @@ def _evaluate(section: Section, context: Context, each: float) -> list[tuple[str
     scores: dict[Side, float] = {}
     name = ""
     for side in _SIDES:
-        watch = Stopwatch(context.device)
-        with watch.running():
+        with Stopwatch(context.device) as watch:
             name, scores[side] = _score(context, side, number)
         context.seconds_per_image[side] = watch.seconds / number
     section.data["score"] = {"name": name, "images": number, **scores}

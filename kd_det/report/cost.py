@@ -65,7 +65,7 @@ def measure_all(study: Study, done: Callable[[int], None]) -> list[Measured]:
     for groups in kinds.values():
         run = _with_weights(groups)
         try:
-            measured.append(Measured(groups, measure(run)))
+            measured.append(Measured(groups, _measure(run)))
         # Any exception of one model: the costs of the others are still of use.
         except Exception as error:
             measured.append(Measured(groups, None, describe(error)))
@@ -73,12 +73,7 @@ def measure_all(study: Study, done: Callable[[int], None]) -> list[Measured]:
     return measured
 
 
-def measure(run: Run) -> Cost:
-    """Build the plain model of a run and measure it on one image of the test size.
-
-    Raises:
-        KDError: the config is refused, or its host is not installed.
-    """
+def _measure(run: Run) -> Cost:
     bench = open_plain(run)
     tensors = [*bench.student.parameters(), *bench.student.buffers()]
     return Cost(
@@ -153,6 +148,12 @@ def training_table(study: Study) -> Table:
         none = Cell("–", "muted")
         return [none if v is None else Cell(shown(v), note=note(g, v)) for g, v in values]
 
+    def memory(run: Run) -> float | None:
+        return max(run.curves.get("max_mem", {}).values(), default=None)
+
+    def learned(run: Run) -> float | None:
+        return (run.record.get("parameters") or {}).get("adaptors")
+
     def ratio(group: Group, value: float) -> str:
         slower = slowdown(study, group)
         return f"× {slower:.2f}" if slower else ""
@@ -168,8 +169,8 @@ def training_table(study: Study) -> Table:
             "s per iteration": column(lambda r: _median(r, "time"), "{:.3f}".format, ratio),
             "of it data": column(lambda r: _median(r, "data_time"), "{:.3f}".format, share),
             "hours": column(_hours, "{:.2f}".format),
-            "memory, MB": column(_memory, "{:,.0f}".format),
-            "parameters of the losses": column(_learned, count),
+            "memory, MB": column(memory, "{:,.0f}".format),
+            "parameters of the losses": column(learned, count),
             f"{FINAL}, MB": column(_megabytes, "{:.2f}".format),
         },
         "Medians over iterations, means over seeds, below them the ratio to the baseline. "
@@ -199,11 +200,8 @@ def count(number: float) -> str:
 
 def _deployed(group: Group) -> str:
     config = group.config()
-    kept = {
-        key: value
-        for key, value in config.items()
-        if key.startswith(_DEPLOYED) and key not in _NOT_DEPLOYED
-    }
+    keys = [k for k in config if k.startswith(_DEPLOYED) and k not in _NOT_DEPLOYED]
+    kept = {key: config[key] for key in keys}
     return json.dumps(kept, sort_keys=True, default=str) if config else group.label
 
 
@@ -225,14 +223,6 @@ def _median(run: Run, name: str) -> float | None:
 def _hours(run: Run) -> float | None:
     times = run.curves.get("time", {}).values()
     return statistics.mean(times) * run.iterations / 3600 if times else None
-
-
-def _memory(run: Run) -> float | None:
-    return max(run.curves.get("max_mem", {}).values(), default=None)
-
-
-def _learned(run: Run) -> float | None:
-    return (run.record.get("parameters") or {}).get("adaptors")
 
 
 def _megabytes(run: Run) -> float | None:

@@ -30,13 +30,10 @@ Annotation = dict[str, Any]
 
 @dataclass(frozen=True)
 class Match:
-    """Detections of one image, the highest score first, compared with its objects.
+    """Detections of one image with a score of at least 0.5, and the indices of the objects found.
 
-    Attributes:
-        detections: those with a score of at least 0.5.
-        correct: per detection, whether it finds an object: one of the same class at an IoU of at
-            least 0.5 that no other detection has found.
-        objects: indices of the objects that are found.
+    ``correct`` is whether each finds an object: one of its class at an IoU of at least 0.5 that no
+    detection of a higher score has found.
     """
 
     detections: list[Annotation]
@@ -108,13 +105,8 @@ def detection_blocks(
 ) -> tuple[list[Block], list[str]]:
     """The objects that two detectors find, and images in which they differ most.
 
-    Args:
-        truth: the data set.
-        label: of the run that is compared with ``"baseline"``.
-        predictions: label to detections: of these two and, if there is one, of the teacher.
-
-    Returns:
-        The blocks, and sentences about images that could not be shown.
+    ``predictions`` has the detections of the run of this label, of ``"baseline"`` and, if there is
+    one, of the teacher. Also returns sentences about images that could not be shown.
     """
     objects = {image: _objects(truth, image) for image in sorted(truth.coco.imgs)}
     matches = {name: match_all(objects, entries) for name, entries in predictions.items()}

@@ -114,8 +114,7 @@ class Study:
             return None
         if not (self.on_same_data(group) and self.on_same_data(self.teacher)):
             return None
-        values = (g.values(name) for g in (group, self.baseline, self.teacher))
-        return recovered(*values)
+        return recovered(*(g.values(name) for g in (group, self.baseline, self.teacher)))
 
 
 def collect(runs: Sequence[str], baseline: Sequence[str], teacher: Sequence[str] = ()) -> Study:

@@ -38,13 +38,9 @@ _DARK = {_TEXT: "#c9d1d9", _GRID: "#3a424d", _BASELINE: "#9aa4b1", _TEACHER: "#f
 
 
 def dots(groups: Sequence[Group], metric: str, axis: str, name: str) -> Picture:
-    """Every seed of every group as a dot of its score, its mean as a bar.
+    """Every seed of every group as a dot of the score ``metric``, its mean as a bar.
 
-    Args:
-        groups: from top to bottom; the baseline's mean and the teacher's are lines.
-        metric: name of the score.
-        axis: label of the axis.
-        name: of the file.
+    The groups stand from top to bottom; the baseline's mean and the teacher's are lines.
     """
     shown = [group for group in groups if group.values(metric)]
 

@@ -143,11 +143,9 @@ def read_predictions(path: Path, truth: Truth) -> list[dict[str, Any]]:
 def detection_scores(truth: Truth, predictions: list[dict[str, Any]]) -> dict[str, float]:
     """COCO's average precisions in percent, by the names Detectron2 gives them.
 
-    Masks are measured if every detection and object has one.
-
-    Returns:
-        ``bbox/AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl``, ``AP-<class>``, and the same
-        of ``segm``. Classes and sizes without objects are left out.
+    These are ``bbox/AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl`` and ``AP-<class>``, and the
+    same of ``segm`` if every detection and object has a mask. Classes and sizes without objects are
+    left out.
     """
     kinds = ["bbox"]
     annotations = truth.coco.dataset["annotations"]

@@ -59,28 +59,27 @@ def curves(study: Study) -> list[Block]:
     terms = sorted({term for run in study.runs for term in run.terms})
     of_terms = [name for t in terms for name in (f"loss/kd/{t}", *(f"{g}/{t}" for g in GROUPS))]
     tags = sorted({tag for run in study.runs for tag in run.tagged()})
-    blocks: list[Block] = []
-    for title, names, note, smooth in (
-        ("Validation", _VALIDATION, "", False),
-        ("Task losses", _task_losses(tags), "", True),
-        ("Distillation terms", of_terms, _terms_note(tags, terms), True),
-        ("Loop", _LOOP, "time and data_time in seconds, max_mem in MB.", True),
-    ):
-        name = f"curves_{title.lower().replace(' ', '_')}"
-        picture = panels(study.everything, names, name, f"{title} over iterations", smooth)
-        if picture is not None:
-            blocks.append(Figure(title, picture, note))
+    drawings: list[tuple[str, Sequence[str], str, str]] = [
+        ("Validation", _VALIDATION, "", ""),
+        ("Task losses", _task_losses(tags), "", ""),
+        ("Distillation terms", of_terms, _terms_note(tags, terms), ""),
+        ("Loop", _LOOP, "time and data_time in seconds, max_mem in MB.", ""),
+    ]
     # By the folder of the stage, stage_<number>_<name>.
     stages = sorted({stage for run in study.runs for stage in run.earlier})
     for stage in stages:
         tags = sorted({tag for run in study.runs for tag in run.tagged(stage)})
-        names = [*_VALIDATION, *_task_losses(tags), *of_terms]
+        shown = [*_VALIDATION, *_task_losses(tags), *of_terms]
         _, number, title = stage.split("_", 2)
-        title = f"Stage {number}: {title}"
-        about = f"{title} over iterations"
-        picture = panels(study.everything, names, f"curves_{stage}", about, True, stage)
+        drawings.append((f"Stage {number}: {title}", shown, _terms_note(tags, terms), stage))
+    blocks: list[Block] = []
+    for title, names, note, stage in drawings:
+        name = f"curves_{stage or title.lower().replace(' ', '_')}"
+        smooth = names is not _VALIDATION
+        text = f"{title} over iterations"
+        picture = panels(study.everything, names, name, text, smooth, stage)
         if picture is not None:
-            blocks.append(Figure(title, picture, _terms_note(tags, terms)))
+            blocks.append(Figure(title, picture, note))
     if not blocks:
         return [Text("No run left any curves.")]
     text = (
@@ -143,19 +142,9 @@ def differences(study: Study) -> list[Block]:
 
 def runs(study: Study) -> list[Block]:
     """Seed, state and origin of every run, as far as they are recorded."""
-    columns = {
-        "seed": ["" if run.seed is None else str(run.seed) for run in study.runs],
-        "state": [run.state for run in study.runs],
-        "scores from": [", ".join(dict.fromkeys(run.sources.values())) for run in study.runs],
-        "versions": [_versions(run) for run in study.runs],
-        "commit": [_commit(run) for run in study.runs],
-        "started": [_started(run) for run in study.runs],
-        "starts": [str(len(run.record.get("starts", [])) or "") for run in study.runs],
-        "teacher's sha256": [
-            str((run.record.get("teacher") or {}).get("sha256") or "")[:12] for run in study.runs
-        ],
-        "command": [" ".join(map(str, run.record.get("command", []))) for run in study.runs],
-    }
+    origins = [_origin(run) for run in study.runs]
+    names = origins[0] if origins else {}
+    columns = {name: [origin[name] for origin in origins] for name in names}
     return [table_of("Runs", "folder", [str(run.folder) for run in study.runs], columns)]
 
 
@@ -277,19 +266,22 @@ def _value(value: Any) -> str:
     return str(value) if value != "" else "''"
 
 
-def _versions(run: Run) -> str:
-    versions = run.record.get("versions", {})
-    return ", ".join(f"{k} {versions[k]}" for k in ("kd_det", "torch") if k in versions)
-
-
-def _started(run: Run) -> str:
-    starts = run.record.get("starts")
-    return str(starts[0].get("at", "")) if starts and isinstance(starts[0], dict) else ""
-
-
-def _commit(run: Run) -> str:
-    git = run.record.get("git") or {}
-    return f"{str(git['commit'])[:8]}{' with changes' if git.get('dirty') else ''}" if git else ""
+def _origin(run: Run) -> dict[str, str]:
+    record = run.record
+    starts, versions = record.get("starts", []), record.get("versions", {})
+    git, teacher = record.get("git") or {}, record.get("teacher") or {}
+    changes = " with changes" if git.get("dirty") else ""
+    return {
+        "seed": "" if run.seed is None else str(run.seed),
+        "state": run.state,
+        "scores from": ", ".join(dict.fromkeys(run.sources.values())),
+        "versions": ", ".join(f"{k} {versions[k]}" for k in ("kd_det", "torch") if k in versions),
+        "commit": f"{str(git['commit'])[:8]}{changes}" if git else "",
+        "started": str(starts[0].get("at", "")) if starts and isinstance(starts[0], dict) else "",
+        "starts": str(len(starts) or ""),
+        "teacher's sha256": str(teacher.get("sha256") or "")[:12],
+        "command": " ".join(map(str, record.get("command", []))),
+    }
 
 
 def _choose(study: Study, best: Headline | None, source: str) -> tuple[str, Run, Run] | None:

@@ -67,7 +67,7 @@ class Progress(Protocol):
     def begin(self, key: str, done: int) -> None:
         """The search of a key begins or continues; ``done`` of its runs were finished before."""
 
-    def advance(self, runs: int) -> None:
+    def finish(self, runs: int) -> None:
         """That many runs have ended."""
 
 
@@ -117,10 +117,10 @@ def greedy_search(
             for seed in seeds:
                 values = {**fixed, key: value}
                 scores.append(run(values, seed, folder / as_text(value) / f"seed_{seed}"))
-                progress.advance(1)
+                progress.finish(1)
         except RunError as error:
             trial.set_user_attr("failure", str(error))
-            progress.advance(len(seeds) - len(scores))
+            progress.finish(len(seeds) - len(scores))
             raise
         trial.set_user_attr("scores", scores)
         return statistics.fmean(scores)

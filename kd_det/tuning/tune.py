@@ -108,11 +108,11 @@ def _locked(output: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-class _Bar:
+class _Bar(Progress):
     """A progress bar over all runs of a search, on standard error."""
 
     def __init__(self, total: int) -> None:
-        self._bar = Progress(
+        super().__init__(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -124,22 +124,15 @@ class _Bar:
             # A run takes minutes or days: the time left is estimated from all of them.
             speed_estimate_period=float("inf"),
         )
-        self._task = self._bar.add_task("", total=total)
-
-    def __enter__(self) -> _Bar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
+        self._runs = self.add_task("", total=total)
 
     def begin(self, key: str, done: int) -> None:
-        self._bar.update(self._task, description=key)
+        self.update(self._runs, description=key)
         if done:
             # Runs of an earlier start do not count for the speed of this one.
-            task = self._bar.tasks[self._task]
-            self._bar.reset(self._task, completed=int(task.completed) + done, description=key)
-        self._bar.advance(self._task, 0)  # where the time of the first run begins
+            completed = int(self.tasks[self._runs].completed) + done
+            self.reset(self._runs, completed=completed, description=key)
+        self.advance(self._runs, 0)  # where the time of the first run begins
 
-    def advance(self, runs: int) -> None:
-        self._bar.advance(self._task, runs)
+    def finish(self, runs: int) -> None:
+        self.advance(self._runs, runs)

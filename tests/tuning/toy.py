@@ -33,5 +33,5 @@ class Quiet:
     def begin(self, key, done):
         self.begun.append((key, done))
 
-    def advance(self, runs):
+    def finish(self, runs):
         self.runs += runs
