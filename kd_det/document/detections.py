@@ -75,6 +75,11 @@ def draw_grid(
     plt.close(figure)
 
 
+def class_label(index: int, names: Sequence[str] | None) -> str:
+    """The name of a class, or its index without one."""
+    return names[index] if names and 0 <= index < len(names) else str(index)
+
+
 def jpeg(image: Tensor) -> bytes:
     """A uint8 RGB image ``[3, H, W]`` as a file."""
     buffer = io.BytesIO()
@@ -114,7 +119,7 @@ def annotated(
     return draw_bounding_boxes(
         large,
         detections.boxes[keep] * scale,
-        labels=[names[k] if names else str(k) for k in classes],
+        labels=[class_label(k, names) for k in classes],
         colors=shown,
         width=3,
         font=font_manager.findfont("DejaVu Sans"),  # comes with matplotlib

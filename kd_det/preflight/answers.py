@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from kd_det.bench.workbench import Detections, Side, Workbench
-from kd_det.document.detections import annotated, draw_grid
+from kd_det.document.detections import annotated, class_label, draw_grid
 
 _MATCH_IOU = 0.5
 
@@ -131,24 +131,19 @@ def draw_answers(
     images: list[list[Tensor]] = [[], []]
     labels: list[list[str]] = [[], []]
     for example, one in zip(examples, answers, strict=True):
+        above = below = example.picture
+        texts = ("", "")
         if isinstance(one.prediction, Detections):
             assert example.boxes is not None
             truth = Detections(example.boxes, example.classes, torch.ones(len(example.classes)))
-            shown = (
-                annotated(example.picture, truth, student_names),
-                annotated(example.picture, one.prediction, teacher_names),
-            )
-            texts = ("", "")
+            above = annotated(above, truth, student_names)
+            below = annotated(below, one.prediction, teacher_names)
         else:
-            true, best = int(example.classes[0]), int(one.prediction.argmax())
-            shown = (example.picture, example.picture)
-            named = teacher_names[best] if teacher_names else str(best)
-            texts = (
-                student_names[true] if student_names else str(true),
-                f"{named} ({float(one.prediction[best]):.2f})",
-            )
-        for at in (0, 1):
-            images[at].append(shown[at])
-            labels[at].append(texts[at])
+            best = int(one.prediction.argmax())
+            predicted = f"{class_label(best, teacher_names)} ({float(one.prediction[best]):.2f})"
+            texts = (class_label(int(example.classes[0]), student_names), predicted)
+        for row, image, text in zip((0, 1), (above, below), texts, strict=True):
+            images[row].append(image)
+            labels[row].append(text)
     detections = isinstance(answers[0].prediction, Detections)
     draw_grid(images, path, rows=("annotation", "teacher"), labels=labels, detections=detections)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kd_det.document.detections import class_label
 from kd_det.preflight.answers import confusion
 from kd_det.preflight.context import Context
 from kd_det.preflight.findings import Section, counted
@@ -124,4 +125,4 @@ def _predicted(
     row = counts[own]
     right = int(row[place]) if place >= 0 else 0
     total, most = int(row.sum()), int(row.argmax())
-    return str(total), f"{right / total:.0%}", others[most] if most < len(others) else str(most)
+    return str(total), f"{right / total:.0%}", class_label(most, others)

@@ -103,16 +103,8 @@ def take_steps(bench: Workbench, batches: int, images: int, seconds: float) -> S
     return result
 
 
-def shared_parameters(student: nn.Module) -> list[nn.Parameter]:
-    """The trained parameters that task and terms have in common: the backbone's.
-
-    A classifier has no part of that name; there it is all of them.
-    """
-    return [p for p in entry(student).parameters() if p.requires_grad]
-
-
 def shared_name(student: nn.Module) -> str:
-    """Name of the module of :func:`shared_parameters`."""
+    """Name of the module whose parameters task and terms have in common."""
     return "the student's backbone" if hasattr(student, "backbone") else "the student"
 
 
@@ -179,7 +171,8 @@ class _Watch:
         task = {name: loss for name, loss in losses.items() if name not in names}
         metrics = distiller.metrics if distiller is not None else {}
         finite = {k: losses[k] for k in names if bool(torch.isfinite(losses[k]))}
-        shared = shared_parameters(self.bench.student)
+        # What task and terms have in common: the backbone, or all of a classifier.
+        shared = [p for p in entry(self.bench.student).parameters() if p.requires_grad]
         # A stage that trains terms alone (KD.TASK_WEIGHT 0) may have no such losses at all.
         total = torch.zeros((), device=shared[0].device if shared else None)
         for loss in task.values():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kd_det.core.errors import fail
 from kd_det.document.blocks import Block, Gallery, Picture, Table, Text, row, table_of
-from kd_det.document.detections import jpeg
+from kd_det.document.detections import class_label, jpeg
 
 SHOWN = 8  # images in each direction
 # Pictures are shown of the first images only: finding others would read the whole data set.
@@ -90,7 +90,7 @@ def answer_blocks(
 
     def caption(image: int) -> str:
         shown = [f"{who}: {_shown(a, image, names)}" for who, a in answers.items()]
-        return f"{_name(own[image].target, names)}; {'; '.join(shown)}"
+        return f"{class_label(own[image].target, names)}; {'; '.join(shown)}"
 
     counts = {
         "by both": sum(own[k].right and alone[k].right for k in shared),
@@ -107,11 +107,10 @@ def answer_blocks(
         if not images:
             blocks.append(Text(f"{title}: no such image."))
         elif pictures is None:
-            target = {str(k): _name(own[k].target, names) for k in images}
-            columns = {"true class": list(target.values())}
+            columns = {"true class": [class_label(own[k].target, names) for k in images]}
             columns |= {who: [_shown(a, k, names) for k in images] for who, a in answers.items()}
             note = "Those of the highest confidence of both."
-            blocks.append(table_of(title, "image", list(target), columns, note))
+            blocks.append(table_of(title, "image", list(map(str, images)), columns, note))
         else:
             drawn = pictures(max(images) + 1)
             shown = [
@@ -127,8 +126,4 @@ def _shown(answers: Answers, image: int, names: Sequence[str] | None) -> str:
     if image not in answers:
         return "–"
     answer = answers[image]
-    return f"{_name(answer.prediction, names)} ({answer.confidence:.0%})"
-
-
-def _name(index: int, names: Sequence[str] | None) -> str:
-    return names[index] if names and 0 <= index < len(names) else str(index)
+    return f"{class_label(answer.prediction, names)} ({answer.confidence:.0%})"

@@ -63,7 +63,8 @@ def measure_all(study: Study, done: Callable[[int], None]) -> list[Measured]:
         kinds.setdefault(_deployed(group), []).append(group)
     measured = []
     for groups in kinds.values():
-        run = _with_weights(groups)
+        runs = [run for group in groups for run in group.runs]
+        run = next((run for run in runs if run.config and run.file(FINAL)), runs[0])
         try:
             measured.append(Measured(groups, _measure(run)))
         # Any exception of one model: the costs of the others are still of use.
@@ -203,11 +204,6 @@ def _deployed(group: Group) -> str:
     keys = [k for k in config if k.startswith(_DEPLOYED) and k not in _NOT_DEPLOYED]
     kept = {key: config[key] for key in keys}
     return json.dumps(kept, sort_keys=True, default=str) if config else group.label
-
-
-def _with_weights(groups: list[Group]) -> Run:
-    runs = [run for group in groups for run in group.runs]
-    return next((run for run in runs if run.config and run.file(FINAL)), runs[0])
 
 
 def _mean(group: Group, measure: Callable[[Run], float | None]) -> float | None:

@@ -239,7 +239,7 @@ def _score(study: Study, group: Group, name: str, digits: int = 2) -> Cell:
 def _tone(gain: Gain | None) -> Tone:
     if gain is None or not gain.counts:
         return "muted"
-    return "good" if gain.difference > 0 else "bad"
+    return "good" if gain.is_better else "bad"
 
 
 def _marked(group: Group, kind: str) -> bool:

@@ -27,6 +27,10 @@ class Gain:
         return self.noise is not None and abs(self.difference) > self.deviations * self.noise
 
     @property
+    def is_better(self) -> bool:
+        return self.counts and self.difference > 0
+
+    @property
     def verdict(self) -> str:
         """``more than 2 sd``, ``lost, more than 2 sd``, ``within noise`` or ``noise unknown``."""
         if self.noise is None:

@@ -54,17 +54,12 @@ def sentences(study: Study, best: Headline | None, measured: Sequence[Measured])
 
 def facts(study: Study, best: Headline | None, measured: Sequence[Measured]) -> Facts:
     """The same as numbers to see first."""
-    entries: list[tuple[str, str]] = []
     if best is None:
-        return Facts(entries)
-    entries.append(
-        (
-            f"{best.gain.difference:+.2f}",
-            f"{LABELS[best.metric]}, {best.group.label} over the baseline: {best.gain.verdict}",
-        )
-    )
+        return Facts([])
+    what = f"{LABELS[best.metric]}, {best.group.label} over the baseline: {best.gain.verdict}"
+    entries = [(f"{best.gain.difference:+.2f}", what)]
     share = study.recovered(best.group, best.metric)
-    if share is not None and best.gain.counts and best.gain.difference > 0:
+    if share is not None and best.gain.is_better:
         entries.append((f"{share:.0%}", "of the gap between baseline and teacher closed"))
     if ratio := slowdown(study, best.group):
         entries.append((f"× {ratio:.2f}", "training time per iteration"))
@@ -81,7 +76,7 @@ def facts(study: Study, best: Headline | None, measured: Sequence[Measured]) -> 
 def _rank(candidate: Headline) -> tuple[bool, bool, float]:
     gain = candidate.gain
     all_finished = all(run.finished for run in candidate.group.counted)
-    return all_finished, gain.counts and gain.difference > 0, gain.difference
+    return all_finished, gain.is_better, gain.difference
 
 
 def _gained(study: Study, best: Headline) -> str:
@@ -131,8 +126,8 @@ def _paid(study: Study, best: Headline, measured: Sequence[Measured]) -> str:
 
 def _count(study: Study, metric: str) -> str:
     gains = [gain for group in study.groups if (gain := study.gain(group, metric))]
-    better = sum(gain.counts and gain.difference > 0 for gain in gains)
-    worse = sum(gain.counts and gain.difference < 0 for gain in gains)
+    better = sum(gain.is_better for gain in gains)
+    worse = sum(gain.counts and not gain.is_better for gain in gains)
     unknown = sum(gain.noise is None for gain in gains)
     noise = len(gains) - better - worse - unknown
     parts = [

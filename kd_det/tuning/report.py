@@ -87,7 +87,10 @@ def draw(sweeps: Sequence[Sweep], metric: str, path: Path) -> None:
         axes.set_axis_off()
     for number, (axes, sweep) in enumerate(zip(grid.flat, sweeps, strict=False), start=1):
         _panel(axes, sweep)
-        axes.set_title(f"{number}. {sweep.key}\n{_best(sweep)}", fontsize=10)
+        best, digits = sweep.best, _digits(sweep)
+        spread = "" if best.deviation is None else f" ± {best.deviation:.{digits}f}"
+        title = f"{number}. {sweep.key}\nbest {best.value:.4g}: {best.mean:.{digits}f}{spread}"
+        axes.set_title(title, fontsize=10)
     for row in grid:
         row[0].set_ylabel(metric)
     figure.savefig(path, dpi=150)
@@ -111,12 +114,6 @@ def _panel(axes: Axes, sweep: Sweep) -> None:
         axes.set_xticks(values, [f"{value:g}" for value in values])
         axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
-
-
-def _best(sweep: Sweep) -> str:
-    best, digits = sweep.best, _digits(sweep)
-    spread = "" if best.deviation is None else f" ± {best.deviation:.{digits}f}"
-    return f"best {best.value:.4g}: {best.mean:.{digits}f}{spread}"
 
 
 def _scale(axes: Axes, values: Sequence[float]) -> None:
