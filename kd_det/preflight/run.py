@@ -20,9 +20,8 @@ from kd_det.preflight.context import Context, Settings
 from kd_det.preflight.cost import inspect_cost
 from kd_det.preflight.findings import Preflight, Section
 from kd_det.preflight.steps import Steps, take_steps
-from kd_det.preflight.taps import inspect_taps
 from kd_det.preflight.teacher import inspect_teacher
-from kd_det.preflight.terms import inspect_terms
+from kd_det.preflight.terms import inspect_taps, inspect_terms
 
 BUILD = "Build"
 _NEEDS_STEPS = ("Taps", "Terms", "Cost")

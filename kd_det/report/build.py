@@ -89,11 +89,8 @@ def _write(document: Document, folder: Path) -> None:
 def _measure(study: Study, progress: Progress) -> list[Measured]:
     task = progress.add_task("measuring models", total=None)
     measured = measure_all(study, lambda total: progress.update(task, advance=1, total=total))
-    study.problems += [
-        Problem(m.label, f"its cost was not measured: {m.failure}")
-        for m in measured
-        if m.cost is None
-    ]
+    failed = [m for m in measured if m.cost is None]
+    study.problems += [Problem(m.label, f"its cost was not measured: {m.failure}") for m in failed]
     return measured
 
 

@@ -46,9 +46,8 @@ def match(truth: Sequence[Annotation], detections: Sequence[Annotation]) -> Matc
 
     Both have ``bbox`` ``[x, y, width, height]`` and ``category_id``, detections also ``score``.
     """
-    kept = sorted(
-        (d for d in detections if d["score"] >= MIN_SCORE), key=lambda d: d["score"], reverse=True
-    )
+    kept = [d for d in detections if d["score"] >= MIN_SCORE]
+    kept.sort(key=lambda d: d["score"], reverse=True)
     taken: set[int] = set()
     correct = []
     overlaps = _overlaps(kept, truth)
@@ -140,10 +139,8 @@ def detection_blocks(
                 problems.append(f"{file_name} cannot be decoded ({type(error).__name__}: {error})")
                 continue
             drawn = _drawn(pixels, truth, image, [one[image] for one in matches.values()])
-            pictures = [
-                Picture(f"{name}_{len(images)}_{k}.jpg", content, file_name)
-                for k, content in enumerate(drawn)
-            ]
+            names = (f"{name}_{len(images)}_{k}.jpg" for k in range(len(drawn)))
+            pictures = [Picture(*pair, file_name) for pair in zip(names, drawn, strict=True)]
             counted = f"{len(better[image].objects)} against {len(worse[image].objects)}"
             caption = f"{file_name}: {counted} of {len(objects[image])} objects found"
             images.append((caption, pictures))
@@ -182,10 +179,9 @@ def _drawn(pixels: Image.Image, truth: Truth, image: int, matches: Sequence[Matc
         detections = Detections(boxes * factor, labels, torch.ones(len(annotations)))
         return jpeg(annotated(pil_to_tensor(small), detections, names, colours))
 
-    columns = [
-        (m.detections, [_RIGHT if right else _WRONG for right in m.correct]) for m in matches
-    ]
-    return [draw(*column) for column in [(objects, [_TRUE] * len(objects)), *columns]]
+    colours = [[_RIGHT if right else _WRONG for right in m.correct] for m in matches]
+    drawn = [draw(m.detections, own) for m, own in zip(matches, colours, strict=True)]
+    return [draw(objects, [_TRUE] * len(objects)), *drawn]
 
 
 def _overlaps(detections: Sequence[Annotation], truth: Sequence[Annotation]) -> np.ndarray:

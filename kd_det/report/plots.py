@@ -45,9 +45,7 @@ def dots(groups: Sequence[Group], metric: str, axis: str, name: str) -> Picture:
     shown = [group for group in groups if group.values(metric)]
 
     def draw() -> Figure:
-        figure, axes = plt.subplots(
-            figsize=(_WIDTH, 0.36 * len(shown) + 0.75), layout="constrained"
-        )
+        figure, axes = plt.subplots(figsize=(_WIDTH, 0.36 * len(shown) + 0.75))
         styles = _styles(groups)
         for height, group in enumerate(shown):
             values = group.values(metric)
@@ -95,11 +93,8 @@ def panels(
         for tag in names
     }
     # A single evaluation at the end of a run does not make a curve.
-    shown = [
-        tag
-        for tag in names
-        if any(len(c) > 1 for group in groups for c in curves[group.label, tag])
-    ]
+    long = {tag for (_, tag), seeds in curves.items() if any(len(c) > 1 for c in seeds)}
+    shown = [tag for tag in names if tag in long]
     drawn = [group for group in groups if any(curves[group.label, tag] for tag in shown)]
     if not shown:
         return None
@@ -107,9 +102,7 @@ def panels(
     def draw() -> Figure:
         rows = math.ceil(len(shown) / _COLUMNS)
         size = (_WIDTH, 2.0 * rows + 0.5)
-        figure, grid = plt.subplots(
-            rows, _COLUMNS, figsize=size, squeeze=False, layout="constrained"
-        )
+        figure, grid = plt.subplots(rows, _COLUMNS, figsize=size, squeeze=False)
         styles = _styles(groups)
         for axes in grid.flat[len(shown) :]:
             axes.set_axis_off()
@@ -127,10 +120,8 @@ def panels(
             else:
                 axes.locator_params(axis="y", nbins=5)
         labels = [group.label for group in drawn]
-        lines = [
-            Line2D([], [], color=colour, linestyle=dash, linewidth=2)
-            for colour, dash in (styles[label] for label in labels)
-        ]
+        kinds = [styles[label] for label in labels]
+        lines = [Line2D([], [], color=c, linestyle=dash, linewidth=2) for c, dash in kinds]
         # As many columns as fit side by side: a line before each, and as wide as the longest.
         columns = max(1, min(len(labels), _LEGEND_LETTERS // (max(map(len, labels)) + 6)))
         figure.legend(
@@ -156,16 +147,13 @@ def _curve(axes: Axes, seeds: Sequence[Panel], colour: str, dash: Any, smooth: b
         return
     shared = set(seeds[0]).intersection(*seeds[1:])
     mean = {at: statistics.mean(seed[at] for seed in seeds) for at in sorted(shared)}
-    several = len(seeds) > 1
-    for points, style in (
-        *((seed, {"linewidth": 0.7, "alpha": 0.4}) for seed in (seeds if several else ())),
-        *(((mean, {"linewidth": 1.5}),) if mean else ()),
-    ):
+    thin: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.4}
+    lines = [(seed, thin) for seed in seeds] if len(seeds) > 1 else []
+    lines += [(mean, {"linewidth": 1.5})] if mean else []
+    for points, style in lines:
         x, y = thinned(points) if smooth else thinned(points, len(points))
-        few = len(x) <= 12
-        axes.plot(
-            x, y, color=colour, linestyle=dash, marker="o" if few else "", markersize=3, **style
-        )
+        style = {**style, "marker": "o" if len(x) <= 12 else "", "markersize": 3}
+        axes.plot(x, y, color=colour, linestyle=dash, **style)
 
 
 def _styles(groups: Sequence[Group]) -> dict[str, tuple[str, Any]]:
@@ -186,6 +174,7 @@ def _picture(draw: Callable[[], Figure], name: str, text: str) -> Picture:
     colours = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
     settings: Any = {  # typed by rc_context as literals
         **dict.fromkeys(colours, _TEXT),
+        "figure.constrained_layout.use": True,
         "axes.edgecolor": _GRID,
         "grid.color": _GRID,
         "grid.linewidth": 0.6,

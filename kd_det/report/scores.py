@@ -119,8 +119,7 @@ def read_predictions(path: Path, truth: Truth) -> list[dict[str, Any]]:
     """Saved detections of a data set.
 
     Raises:
-        KDError: no JSON list of detections, or detections of images or classes that the data set
-            does not have.
+        KDError: no JSON list of detections, or of images or classes that the data set lacks.
     """
     try:
         predictions = json.loads(path.read_bytes())

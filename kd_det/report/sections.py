@@ -92,13 +92,10 @@ def curves(study: Study) -> list[Block]:
 
 
 def examples(study: Study, best: Headline | None, truths: Truths, build: bool) -> list[Block]:
-    """Images on which a run and the baseline differ most, both ways.
+    """Images on which a run, the best one that left predictions, and the baseline differ most.
 
-    Args:
-        study: problems with images and predictions are added to it.
-        best: its run is compared if it has predictions.
-        truths: the data sets read so far.
-        build: whether the host of a classifier may be opened, which alone can find its images.
+    ``build`` is whether the host of a classifier may be opened, which alone can find its images.
+    Problems with images and predictions are added to the study.
     """
     kind = best.metric.split("/")[0] if best else "bbox"
     source = PREDICTIONS if kind == "accuracy" else DETECTIONS

@@ -24,16 +24,10 @@ class Headline:
 
 
 def headline(study: Study) -> Headline | None:
-    """The best distilled configuration by the first kind of score; finished ones first.
-
-    None where nothing can be compared.
-    """
+    """The best distilled configuration by the first kind of score; finished ones first."""
     for kind in study.kinds:
-        candidates = [
-            Headline(group, MAIN[kind], gain)
-            for group in study.groups
-            if (gain := study.gain(group, MAIN[kind])) is not None
-        ]
+        gains = [(group, study.gain(group, MAIN[kind])) for group in study.groups]
+        candidates = [Headline(group, MAIN[kind], gain) for group, gain in gains if gain]
         if candidates:
             return max(candidates, key=_rank)
     return None
