@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "counts": {state: sum(check["status"] == state for check in checks) for state in states},
         "checks": checks,
     }
+    args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(report, indent=1) + "\n")
     if args.page:
         args.page.write_text(page(report))
@@ -98,7 +99,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=280.0, help="seconds in all (280)")
     parser.add_argument("--detectron2", type=Path, help="folder that holds detectron2/")
     parser.add_argument("--only", nargs="+", default=[""], metavar="PART", help="of the checks")
-    parser.add_argument("--json", type=Path, default=Path("gpu_check.json"))
+    parser.add_argument("--json", type=Path, default=Path("outputs/gpu_check.json"))
     parser.add_argument("--page", type=Path, help="Markdown file to write")
     parser.add_argument("--work", type=Path, help="folder of the runs; temporary by default")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
