@@ -103,6 +103,17 @@ def crop_to(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor[..., : like.shape[-2], : like.shape[-1]]
 
 
+def pool_to_common_size(first: Tensor, second: Tensor, pool: str) -> tuple[Tensor, Tensor]:
+    """Adaptively pool two maps ``[N, C, H, W]`` to the smaller height and the smaller width.
+
+    ``pool`` is ``"max"`` or ``"avg"``. A map that has the size already is returned as it is.
+    """
+    size = (min(first.shape[2], second.shape[2]), min(first.shape[3], second.shape[3]))
+    pooling = F.adaptive_max_pool2d if pool == "max" else F.adaptive_avg_pool2d
+    first, second = (x if x.shape[2:] == size else pooling(x, size) for x in (first, second))
+    return first, second
+
+
 def resize_nearest(x: Tensor, size: Size | torch.Size) -> Tensor:
     """Nearest-neighbour resize of ``[N, C, H, W]``; the input itself if the size already fits."""
     return x if x.shape[-2:] == tuple(size) else F.interpolate(x, tuple(size), mode="nearest")

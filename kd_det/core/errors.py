@@ -79,6 +79,16 @@ def check_same_shape(loss: str, student: Tensor, teacher: Tensor) -> None:
         )
 
 
+def check_maps(loss: str, **maps: Tensor) -> None:
+    """Refuse tensors, by their names, that are not maps or not of the same number of images."""
+    if any(x.dim() != 4 for x in maps.values()) or len({len(x) for x in maps.values()}) > 1:
+        fail(
+            expected=f"{loss} to get maps [N, C, H, W] of the same images",
+            received=", ".join(f"{name} {tuple(x.shape)}" for name, x in maps.items()),
+            remedy="tap feature maps; logits and pooled vectors have no positions",
+        )
+
+
 def check_channels(
     loss: str, side: str, tensors: Sequence[Tensor], channels: Sequence[int]
 ) -> None:

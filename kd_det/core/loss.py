@@ -8,20 +8,25 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from kd_det.core.errors import fail
+
 
 @dataclass(frozen=True)
 class TapSpec:
     """What is known about a tap before the first image.
 
-    Attributes:
-        channels: length of the channel axis (dim 1 of a map, last of a matrix of logits).
-        stride: input pixels per cell, or None where it has no meaning.
-        size: ``(H, W)`` where the input size is fixed (classification), else None.
+    ``channels`` is the length of the channel axis (dim 1 of a map, last of a matrix of logits),
+    ``stride`` counts input pixels per cell where that has a meaning, and ``size`` is ``(H, W)``
+    where the size of the input is fixed (classification).
     """
 
     channels: int
     stride: int | None = None
     size: tuple[int, int] | None = None
+
+
+Specs = Sequence[TapSpec]
+Arguments = dict[str, Any]
 
 
 class DistillLoss(nn.Module):
@@ -37,9 +42,7 @@ class DistillLoss(nn.Module):
     needs: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def tap_arguments(
-        cls, student: Sequence[TapSpec], teacher: Sequence[TapSpec], given: dict[str, Any]
-    ) -> dict[str, Any]:
+    def tap_arguments(cls, student: Specs, teacher: Specs, given: Arguments) -> Arguments:
         """Constructor arguments that follow from the taps; also the place to refuse taps.
 
         ``given`` holds the arguments that the config sets; they take precedence.
@@ -47,21 +50,40 @@ class DistillLoss(nn.Module):
         return {}
 
     def forward(self, student: list[Tensor], teacher: list[Tensor], **context: Any) -> Tensor:
-        """Unweighted scalar loss.
-
-        Args:
-            student: maps or logits with a gradient graph.
-            teacher: as many tensors, aligned with ``student``.
-            **context: what ``needs`` names.
-        """
+        """Unweighted scalar loss of two aligned lists; ``context`` is what ``needs`` names."""
         raise NotImplementedError
 
 
-def channel_arguments(
-    student: Sequence[TapSpec], teacher: Sequence[TapSpec]
-) -> dict[str, list[int]]:
+def channel_arguments(student: Specs, teacher: Specs) -> dict[str, list[int]]:
     """The widths of both sides, for :meth:`DistillLoss.tap_arguments`."""
     return {
         "student_channels": [spec.channels for spec in student],
         "teacher_channels": [spec.channels for spec in teacher],
     }
+
+
+def check_strides(loss: str, student: Specs, teacher: Specs, remedy: str) -> None:
+    """Refuse pairs of taps of different stride."""
+    for s, t in zip(student, teacher, strict=False):
+        if s.stride != t.stride:
+            fail(
+                expected=f"{loss} taps of the same stride on both sides",
+                received=f"student stride {s.stride}, teacher stride {t.stride}",
+                remedy=remedy,
+            )
+
+
+def check_logits(loss: str, student: Specs, teacher: Specs, remedy: str) -> None:
+    """Refuse pairs of logits of different class counts or mask sizes."""
+    for s, t in zip(student, teacher, strict=False):
+        if (s.channels, s.size) != (t.channels, t.size):
+            fail(
+                expected=f"{loss} to compare logits of the same classes",
+                received=f"student {_logits(s)}, teacher {_logits(t)}",
+                remedy=remedy,
+            )
+
+
+def _logits(spec: TapSpec) -> str:
+    size = f" at {spec.size[0]}x{spec.size[1]}" if spec.size else ""
+    return f"{spec.channels} logits{size}"

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kd_det.core.errors import check_at_least, check_choice, check_same_length, fail
+from kd_det.core.adaptors import pool_to_common_size
+from kd_det.core.errors import check_at_least, check_choice, check_maps, check_same_length
 from kd_det.core.loss import DistillLoss
 from kd_det.core.numerics import full_precision, no_autocast, zero_in_graph
 from kd_det.core.registry import LOSSES
@@ -28,22 +29,14 @@ logger = logging.getLogger(__name__)
 def attention_map(feature: Tensor, p: float = 2) -> Tensor:
     """The energy of each position, ``mean_c |F_c|^p``, as ``[N, H * W]``.
 
-    Rows have Euclidean length 1, or 0 where the whole map is zero.
-
-    Args:
-        feature: ``[N, C, H, W]``, any floating dtype, computed in at least float32. A map tapped
-            before its ReLU gives another result than after it, because the sign is lost.
-        p: exponent of the magnitude, at least 1. Default 2, as in the paper's experiments.
+    Rows have Euclidean length 1, or 0 where the whole map is zero. The map of any floating dtype is
+    computed in at least float32. Because the sign is lost, a map tapped before its ReLU gives
+    another result than after it. The exponent p is at least 1; the paper's experiments use 2.
 
     Raises:
         KDError: the tensor is not a map, or p is below 1.
     """
-    if feature.dim() != 4:
-        fail(
-            expected="AT to get maps [N, C, H, W]",
-            received=f"shape {tuple(feature.shape)}",
-            remedy="tap feature maps; logits and pooled vectors have no positions",
-        )
+    check_maps("AT", feature=feature)
     _check_p(p)
     with no_autocast(feature):
         feature = full_precision(feature)
@@ -55,11 +48,11 @@ def at_loss(student: Tensor, teacher: Tensor, p: float = 2, mode: Mode = "code")
     r"""Distance between the attention maps of a student's and a teacher's map. Scalar.
 
     Widths may differ. If sizes differ, feature maps are average-pooled to the smaller height and
-    the smaller width first. An empty batch gives an exact zero in the graph.
+    the smaller width first. An empty batch gives an exact zero in the graph. No gradient flows into
+    the teacher.
 
     Args:
-        student: ``[N, C_s, H_s, W_s]``.
-        teacher: ``[N, C_t, H_t, W_t]``; no gradient flows into it.
+        student, teacher: the maps.
         p: see :func:`attention_map`.
         mode: ``"code"``: squared difference, averaged over samples and positions (the authors'
             code, RepDistiller, mdistiller; the published weight of 1000 belongs to it).
@@ -71,20 +64,16 @@ def at_loss(student: Tensor, teacher: Tensor, p: float = 2, mode: Mode = "code")
     """
     check_choice("mode", mode, Mode)
     _check_p(p)
-    _check_maps(student, teacher)
+    check_maps("AT", student=student, teacher=teacher)
     if student.numel() == 0:
         return zero_in_graph([student])
     with no_autocast(student):
         student, teacher = full_precision(student), full_precision(teacher.detach())
-        size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-        difference = attention_map(_pool(student, size), p) - attention_map(_pool(teacher, size), p)
+        student, teacher = pool_to_common_size(student, teacher, "avg")
+        difference = attention_map(student, p) - attention_map(teacher, p)
         if mode == "paper":
             return torch.linalg.vector_norm(difference, dim=1).mean()
         return difference.square().mean()
-
-
-def _pool(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size)
 
 
 def _check_p(p: float) -> None:
@@ -92,22 +81,9 @@ def _check_p(p: float) -> None:
     check_at_least("AT to get an exponent p", p, 1, remedy)
 
 
-def _check_maps(student: Tensor, teacher: Tensor) -> None:
-    if student.dim() != 4 or teacher.dim() != 4 or len(student) != len(teacher):
-        fail(
-            expected="AT to get a student and a teacher map [N, C, H, W] of the same images",
-            received=f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}",
-            remedy="tap feature maps on both sides; logits and pooled vectors have no positions",
-        )
-
-
 @LOSSES.register("AT")
 class ATLoss(DistillLoss):
-    """:func:`at_loss`, summed over the taps. Nothing is learned.
-
-    Args:
-        p, mode: see :func:`at_loss`.
-    """
+    """:func:`at_loss`, summed over the taps. Nothing is learned."""
 
     def __init__(self, p: float = 2, mode: Mode = "code") -> None:
         super().__init__()
@@ -121,19 +97,15 @@ class ATLoss(DistillLoss):
         """Maps ``[N, C, H, W]`` of any widths and sizes. Scalar."""
         check_same_length("AT", student, teacher)
         losses = [at_loss(s, t, self.p, self.mode) for s, t in zip(student, teacher, strict=True)]
-        self._warn_of_single_cells(student, teacher)
+        if not self._warned:
+            self._warn_of_single_cells(student, teacher)
         return torch.stack(losses).sum()
 
     def _warn_of_single_cells(self, student: list[Tensor], teacher: list[Tensor]) -> None:
-        if self._warned:
-            return
         for tap, (s, t) in enumerate(zip(student, teacher, strict=True)):
             if min(s.shape[2], t.shape[2]) == 1 and min(s.shape[3], t.shape[3]) == 1:
                 self._warned = True
                 logger.warning(
-                    "AT tap %d is compared at 1x1 (student %s, teacher %s): its attention is 1 "
-                    "on both sides and it teaches nothing",
-                    tap,
-                    tuple(s.shape),
-                    tuple(t.shape),
+                    f"AT tap {tap} is compared at 1x1 (student {tuple(s.shape)}, teacher "
+                    f"{tuple(t.shape)}): its attention is 1 on both sides and it teaches nothing"
                 )

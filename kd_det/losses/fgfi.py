@@ -22,7 +22,7 @@ from kd_det.core.errors import (
     check_same_shape,
     fail,
 )
-from kd_det.core.loss import DistillLoss, TapSpec, channel_arguments
+from kd_det.core.loss import Arguments, DistillLoss, Specs, channel_arguments
 from kd_det.core.numerics import full_precision, no_autocast, zero_in_graph
 from kd_det.core.registry import LOSSES
 
@@ -153,7 +153,7 @@ def imitation_loss(
 
     Args:
         student: adapted maps, per level ``[N, C, H, W]``.
-        teacher: the teacher's maps; no gradient flows into them.
+        teacher: likewise; no gradient flows into them.
         masks: bool ``[N, H, W]`` per level.
         normalizer: ``"global"``: N_p counts the marked cells of all levels and images (the formula
             read literally); ``"level_mean"``: of each level, and levels are averaged, empty ones
@@ -238,9 +238,7 @@ class FGFILoss(DistillLoss):
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
 
     @classmethod
-    def tap_arguments(
-        cls, student: Sequence[TapSpec], teacher: Sequence[TapSpec], given: dict[str, Any]
-    ) -> dict[str, Any]:
+    def tap_arguments(cls, student: Specs, teacher: Specs, given: Arguments) -> Arguments:
         """Widths and strides; strides must agree, since cells are compared one to one."""
         strides = [spec.stride for spec in student]
         if strides != [spec.stride for spec in teacher] or None in strides:

@@ -14,14 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kd_det.core.adaptors import ConvAdaptor, Size
-from kd_det.core.errors import (
-    check_channels,
-    check_choice,
-    check_same_length,
-    check_same_shape,
-    fail,
-)
-from kd_det.core.loss import DistillLoss, TapSpec, channel_arguments
+from kd_det.core.errors import check_channels, check_choice, check_same_length, check_same_shape
+from kd_det.core.loss import Arguments, DistillLoss, Specs, channel_arguments, check_strides
 from kd_det.core.numerics import full_precision, no_autocast, zero_in_graph
 from kd_det.core.registry import LOSSES
 
@@ -55,9 +49,9 @@ class FitNetLoss(DistillLoss):
 
     Args:
         student_channels, teacher_channels: channels per map.
-        student_sizes: fixed ``(H, W)`` per student map (classification), or None for detectors,
-            where the adaptor is 1x1 and the adapted map is resized bilinearly if sizes differ.
-        teacher_sizes: likewise for the teacher.
+        student_sizes, teacher_sizes: fixed ``(H, W)`` per map (classification), or None for
+            detectors, where the adaptor is 1x1 and the adapted map is resized bilinearly if sizes
+            differ.
         relu: end the adaptor in a ReLU. True fits ResNet stages, which end in one; use False on
             FPN levels, which are signed.
         reduction: see :func:`hint_loss`.
@@ -93,19 +87,12 @@ class FitNetLoss(DistillLoss):
         )
 
     @classmethod
-    def tap_arguments(
-        cls, student: Sequence[TapSpec], teacher: Sequence[TapSpec], given: dict[str, Any]
-    ) -> dict[str, Any]:
+    def tap_arguments(cls, student: Specs, teacher: Specs, given: Arguments) -> Arguments:
         """Widths, and sizes where both sides have fixed ones; else equal strides are required."""
         fixed = all(spec.size is not None for spec in [*student, *teacher])
         if not fixed:
-            for s, t in zip(student, teacher, strict=False):
-                if s.stride != t.stride:
-                    fail(
-                        expected="FitNet taps of the same stride on both sides",
-                        received=f"student stride {s.stride}, teacher stride {t.stride}",
-                        remedy="tap the stage of the same stride, for example c3 on both",
-                    )
+            remedy = "tap the stage of the same stride, for example c3 on both"
+            check_strides("FitNet", student, teacher, remedy)
         return {
             **channel_arguments(student, teacher),
             "student_sizes": [spec.size for spec in student] if fixed else None,

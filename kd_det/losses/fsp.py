@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from kd_det.core.errors import check_channels, check_choice, check_same_length, fail
-from kd_det.core.loss import DistillLoss, TapSpec, channel_arguments
+from kd_det.core.adaptors import pool_to_common_size
+from kd_det.core.errors import check_channels, check_choice, check_maps, check_same_length, fail
+from kd_det.core.loss import Arguments, DistillLoss, Specs, TapSpec, channel_arguments
 from kd_det.core.numerics import full_precision, no_autocast, zero_in_graph
 from kd_det.core.registry import LOSSES
 
@@ -32,34 +32,19 @@ def fsp_matrix(first: Tensor, second: Tensor, pool: Pool = "max") -> Tensor:
     height and the smaller width.
 
     Args:
-        first: ``[N, m, h, w]``, any floating dtype, computed in at least float32.
-        second: ``[N, n, h', w']`` of the same network and images.
+        first, second: maps of one network, any floating dtype, computed in at least float32.
         pool: ``"max"`` (the paper) or ``"avg"`` (RepDistiller).
 
     Raises:
         KDError: not two maps of one batch, or an unknown ``pool``.
     """
     check_choice("pool", pool, Pool)
-    if first.dim() != 4 or second.dim() != 4 or len(first) != len(second):
-        fail(
-            expected="FSP to get two maps [N, C, H, W] of the same images",
-            received=f"first {tuple(first.shape)}, second {tuple(second.shape)}",
-            remedy="tap two feature maps of one network; logits and pooled vectors have no "
-            "positions",
-        )
+    check_maps("FSP", first=first, second=second)
     with no_autocast(first):
-        first, second = full_precision(first), full_precision(second)
-        size = (min(first.shape[2], second.shape[2]), min(first.shape[3], second.shape[3]))
-        first, second = _pool(first, size, pool), _pool(second, size, pool)
+        first, second = pool_to_common_size(full_precision(first), full_precision(second), pool)
         # Dividing a factor instead of the product keeps the sum over positions in range.
-        first = first.flatten(2) / (size[0] * size[1])
+        first = first.flatten(2) / (first.shape[2] * first.shape[3])
         return torch.bmm(first, second.flatten(2).transpose(1, 2))
-
-
-def _pool(x: Tensor, size: tuple[int, int], pool: str) -> Tensor:
-    if x.shape[2:] == size:
-        return x
-    return F.adaptive_max_pool2d(x, size) if pool == "max" else F.adaptive_avg_pool2d(x, size)
 
 
 def fsp_loss(
@@ -72,13 +57,11 @@ def fsp_loss(
 ) -> Tensor:
     """Squared difference of the FSP matrices of one pair of layers. Scalar.
 
-    The widths of the two networks must agree; their spatial sizes need not. An empty batch gives an
-    exact zero in the graph.
+    The widths m and n of the two networks must agree; their spatial sizes need not. An empty batch
+    gives an exact zero in the graph. No gradient flows into the teacher's maps.
 
     Args:
-        student_first, student_second: ``[N, m, h, w]`` and ``[N, n, h', w']``.
-        teacher_first, teacher_second: ``[N, m, ., .]`` and ``[N, n, ., .]``; no gradient flows into
-            them.
+        student_first, student_second, teacher_first, teacher_second: the maps.
         pool: see :func:`fsp_matrix`.
         reduction: ``"frobenius"`` sums over the matrix and averages samples (the paper);
             ``"mean"`` averages every element (RepDistiller), m * n times smaller.
@@ -118,9 +101,6 @@ class FSPLoss(DistillLoss):
         adapt: bridge other widths by a 1x1 convolution without bias on the student's map (ours;
             the paper and RepDistiller require equal widths).
         student_channels, teacher_channels: widths of the taps; needed with ``adapt`` only.
-
-    Raises:
-        KDError: unknown choices, or ``adapt`` without widths.
     """
 
     def __init__(
@@ -144,9 +124,7 @@ class FSPLoss(DistillLoss):
         self.adaptors = _adaptors(student_channels, teacher_channels) if adapt else None
 
     @classmethod
-    def tap_arguments(
-        cls, student: Sequence[TapSpec], teacher: Sequence[TapSpec], given: dict[str, Any]
-    ) -> dict[str, Any]:
+    def tap_arguments(cls, student: Specs, teacher: Specs, given: Arguments) -> Arguments:
         """Widths for ``adapt``; without it, refuses taps of different width.
 
         Also refuses a number of taps that makes no pairs and, without ``resize``, pairs whose
@@ -155,9 +133,7 @@ class FSPLoss(DistillLoss):
         check_same_length("FSP", student, teacher)
         pairs = _pair_up(len(student), given.get("pairs", "disjoint"))
         if not given.get("resize", True):
-            for side, specs in (("student", student), ("teacher", teacher)):
-                for a, b in pairs:
-                    _check_specs(side, a, specs[a], specs[b])
+            _check_sizes(pairs, student, teacher)
         widths = channel_arguments(student, teacher)
         if given.get("adapt", False):
             return widths
@@ -176,9 +152,7 @@ class FSPLoss(DistillLoss):
         check_same_length("FSP", student, teacher)
         pairs = _pair_up(len(student), self.pairs)
         if not self.resize:
-            for side, maps in (("student", student), ("teacher", teacher)):
-                for a, b in pairs:
-                    _check_size(side, a, tuple(maps[a].shape[2:]), tuple(maps[b].shape[2:]))
+            _check_sizes(pairs, *([_spec(x) for x in maps] for maps in (student, teacher)))
         if any(x.numel() == 0 for x in student):
             return zero_in_graph([*student, *self.parameters()])
         student = self._adapt(student)
@@ -232,18 +206,21 @@ def _pair_up(count: int, pairs: str) -> list[tuple[int, int]]:
     return [(first, first + 1) for first in range(0, count - 1, step)]
 
 
-def _check_specs(side: str, tap: int, first: TapSpec, second: TapSpec) -> None:
-    if first.size is not None and second.size is not None:
-        _check_size(side, tap, first.size, second.size)
-    elif first.stride is not None and second.stride is not None:
-        _check_size(side, tap, (first.stride,), (second.stride,))
+def _spec(x: Tensor) -> TapSpec:
+    return TapSpec(x.shape[1], size=(x.shape[2], x.shape[3]))
 
 
-def _check_size(side: str, tap: int, first: tuple[int, ...], second: tuple[int, ...]) -> None:
-    if first != second:
-        what = "strides" if len(first) == 1 else "sizes"
-        fail(
-            expected=f"FSP without resize to get {side} taps {tap} and {tap + 1} of equal {what}",
-            received=f"{'x'.join(map(str, first))} and {'x'.join(map(str, second))}",
-            remedy="tap two layers of one stage, or set RESIZE: True to pool the larger map",
-        )
+def _check_sizes(pairs: list[tuple[int, int]], student: Specs, teacher: Specs) -> None:
+    """Refuse pairs whose sizes, or strides where a size is unknown, are known to differ."""
+    for side, specs in (("student", student), ("teacher", teacher)):
+        for a, b in pairs:
+            pair = specs[a], specs[b]
+            by_size = all(spec.size for spec in pair)
+            known = [spec.size if by_size and spec.size else (spec.stride,) for spec in pair]
+            if (None,) not in known and known[0] != known[1]:
+                what = "sizes" if by_size else "strides"
+                fail(
+                    expected=f"FSP without resize to get {side} taps {a} and {b} of equal {what}",
+                    received=" and ".join("x".join(map(str, values)) for values in known),
+                    remedy="tap two layers of one stage, or set RESIZE: True to pool the larger",
+                )

@@ -7,7 +7,6 @@ background last, for torchvision background first: only the agreement of both si
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kd_det.core.errors import check_choice, check_same_length, check_same_shape, fail
-from kd_det.core.loss import DistillLoss, TapSpec
+from kd_det.core.loss import Arguments, DistillLoss, Specs, check_logits
 from kd_det.core.numerics import full_precision, no_autocast, zero_in_graph
 from kd_det.core.registry import LOSSES
 
@@ -37,7 +36,7 @@ def kd_loss(
     Args:
         student_logits: ``[M, J]``, or ``[M, ...]`` for sigmoid; any floating dtype, computed in
             at least float32.
-        teacher_logits: same shape; no gradient flows into it.
+        teacher_logits: likewise; no gradient flows into it.
         temperature: T > 0, by which both logits are divided. The factor T^2 keeps the size of the
             gradient independent of T.
         reduction: ``"batchmean"`` sums over classes and averages rows (RepDistiller,
@@ -104,9 +103,7 @@ def _check_arguments(temperature: float, reduction: str, activation: str) -> Non
 class KDLoss(DistillLoss):
     """:func:`kd_loss`, averaged over the pairs (cascade stages, where a box head has several).
 
-    Args:
-        temperature, reduction, activation: see :func:`kd_loss`. All public detector codes use
-            temperature 1, those for CIFAR 4.
+    All public detector codes use temperature 1, those for CIFAR 4.
     """
 
     def __init__(
@@ -122,18 +119,12 @@ class KDLoss(DistillLoss):
         self.activation: Activation = activation
 
     @classmethod
-    def tap_arguments(
-        cls, student: Sequence[TapSpec], teacher: Sequence[TapSpec], given: dict[str, Any]
-    ) -> dict[str, Any]:
+    def tap_arguments(cls, student: Specs, teacher: Specs, given: Arguments) -> Arguments:
         """Nothing to fill in; refuses heads of different class counts or mask sizes."""
-        for s, t in zip(student, teacher, strict=False):
-            if (s.channels, s.size) != (t.channels, t.size):
-                fail(
-                    expected="KD between heads of the same classes",
-                    received=f"student {_head(s)}, teacher {_head(t)}",
-                    remedy="use a teacher that was trained on the student's classes, or distil "
-                    "features instead",
-                )
+        remedy = (
+            "use a teacher that was trained on the student's classes, or distil features instead"
+        )
+        check_logits("KD", student, teacher, remedy)
         return {}
 
     def forward(self, student: list[Tensor], teacher: list[Tensor], **context: Any) -> Tensor:
@@ -144,8 +135,3 @@ class KDLoss(DistillLoss):
             for s, t in zip(student, teacher, strict=True)
         ]
         return torch.stack(pairs).mean()
-
-
-def _head(spec: TapSpec) -> str:
-    size = f" at {spec.size[0]}x{spec.size[1]}" if spec.size else ""
-    return f"{spec.channels} logits{size}"

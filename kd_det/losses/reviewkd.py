@@ -23,7 +23,7 @@ from kd_det.core.errors import (
     check_same_shape,
     fail,
 )
-from kd_det.core.loss import DistillLoss, TapSpec, channel_arguments
+from kd_det.core.loss import Arguments, DistillLoss, Specs, channel_arguments, check_strides
 from kd_det.core.numerics import full_precision, no_autocast, zero_in_graph
 from kd_det.core.registry import LOSSES
 
@@ -70,12 +70,9 @@ def _hcl_level(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class ABF(nn.Module):
-    """Attention-based fusion of one level with the fused map of the level below it.
+    """Attention-based fusion of one level with the fused map of the next deeper one, if any.
 
-    Args:
-        in_channels, out_channels: channels of the student's and the teacher's map.
-        mid_channels: width M in which maps are fused.
-        fuse: whether a deeper level exists; the deepest has no attention.
+    Maps are fused in ``mid_channels``, M; the deepest level (``fuse`` False) has no attention.
     """
 
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int, fuse: bool) -> None:
@@ -90,16 +87,11 @@ class ABF(nn.Module):
         self.att_conv = nn.Sequential(nn.Conv2d(2 * mid_channels, 2, 1)) if fuse else None
 
     def forward(self, x: Tensor, deeper: Tensor | None, size: torch.Size) -> tuple[Tensor, Tensor]:
-        """Fuse and project.
-
-        Args:
-            x: ``[N, C_s, H, W]``.
-            deeper: the fused map of the next deeper level, ``[N, M, h, w]``; None at the deepest.
-            size: the teacher's ``(H', W')``.
+        """Fuse ``x [N, C_s, H, W]`` with the deeper level's fused map ``[N, M, h, w]``; project.
 
         Returns:
-            The map to compare with the teacher ``[N, C_t, H', W']`` and the fused map handed to
-            the next shallower level ``[N, M, H', W']``.
+            The map to compare with the teacher ``[N, C_t, H', W']``, whose ``(H', W')`` is
+            ``size``, and the fused map handed to the next shallower level ``[N, M, H', W']``.
         """
         x = batch_norm(self.conv1[1], self.conv1[0](x))
         if self.att_conv is not None and deeper is not None:
@@ -122,9 +114,6 @@ class ReviewKDLoss(DistillLoss):
             named because a weight belongs to it.
 
     State keys follow the released code: ``abfs.0`` is the *deepest* level.
-
-    Raises:
-        KDError: lists of different length, or an unknown reduction.
     """
 
     def __init__(
@@ -148,9 +137,7 @@ class ReviewKDLoss(DistillLoss):
         )
 
     @classmethod
-    def tap_arguments(
-        cls, student: Sequence[TapSpec], teacher: Sequence[TapSpec], given: dict[str, Any]
-    ) -> dict[str, Any]:
+    def tap_arguments(cls, student: Specs, teacher: Specs, given: Arguments) -> Arguments:
         """Channel widths of both sides; the order of the levels is checked."""
         # Pooled vectors have none.
         strides = [spec.stride for spec in student if spec.stride]
@@ -160,18 +147,9 @@ class ReviewKDLoss(DistillLoss):
                 received=f"strides {strides}",
                 remedy="list the levels in order, for example [p2, p3, p4, p5, p6]",
             )
-        for s, t in zip(student, teacher, strict=False):
-            if s.stride != t.stride:
-                fail(
-                    expected="ReviewKD levels of the same stride on both sides",
-                    received=f"student stride {s.stride}, teacher stride {t.stride}",
-                    remedy="tap the same FPN levels of both models",
-                )
-        widths = channel_arguments(student, teacher)
-        return {
-            "in_channels": widths["student_channels"],
-            "out_channels": widths["teacher_channels"],
-        }
+        check_strides("ReviewKD", student, teacher, "tap the same FPN levels of both models")
+        own, others = channel_arguments(student, teacher).values()
+        return {"in_channels": own, "out_channels": others}
 
     def fuse(self, student: list[Tensor], sizes: Sequence[torch.Size]) -> list[Tensor]:
         """Fused student maps, shallow to deep, at the teacher's ``sizes``."""

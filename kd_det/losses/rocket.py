@@ -7,14 +7,13 @@ hint ties their logits. Shapes: N samples, J classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from kd_det.core.errors import check_choice, check_same_length, check_same_shape, fail
-from kd_det.core.loss import DistillLoss, TapSpec
+from kd_det.core.errors import check_choice, check_same_length, check_same_shape
+from kd_det.core.loss import Arguments, DistillLoss, Specs, check_logits
 from kd_det.core.numerics import full_precision, no_autocast, zero_in_graph
 from kd_det.core.registry import LOSSES
 
@@ -33,8 +32,7 @@ def rocket_hint(
     the authors' code divides by the configured batch size, which weakens a partial last batch.
 
     Args:
-        light_logits: ``[N, J]``, any floating dtype, computed in at least float32.
-        booster_logits: same shape.
+        light_logits, booster_logits: ``[N, J]``, any floating dtype, computed in at least float32.
         block: the gradient block: the hint does not pull the booster towards the light net.
             Default True, as in the paper; False is its ablation.
         reduction: ``"batchmean"`` sums over classes (paper and code), ``"mean"`` averages.
@@ -58,13 +56,8 @@ def rocket_hint(
 class RocketLoss(DistillLoss):
     """:func:`rocket_hint` with the light net as student and the booster as teacher.
 
-    Args:
-        block: see :func:`rocket_hint`. False needs a teacher tensor that carries a gradient, which
-            only a jointly trained booster has.
-        reduction: see :func:`rocket_hint`.
-
-    Raises:
-        KDError: an unknown reduction.
+    ``block`` False needs a teacher tensor that carries a gradient, which only a jointly trained
+    booster has.
     """
 
     def __init__(self, block: bool = True, reduction: Reduction = "batchmean") -> None:
@@ -74,17 +67,10 @@ class RocketLoss(DistillLoss):
         self.reduction: Reduction = reduction
 
     @classmethod
-    def tap_arguments(
-        cls, student: Sequence[TapSpec], teacher: Sequence[TapSpec], given: dict[str, Any]
-    ) -> dict[str, Any]:
+    def tap_arguments(cls, student: Specs, teacher: Specs, given: Arguments) -> Arguments:
         """Nothing to fill in; refuses a booster with other classes."""
-        for s, t in zip(student, teacher, strict=False):
-            if s.channels != t.channels:
-                fail(
-                    expected="Rocket between a light net and a booster of the same classes",
-                    received=f"light net {s.channels} logits, booster {t.channels} logits",
-                    remedy="give both heads the same number of classes",
-                )
+        remedy = "give light net (student) and booster (teacher) the same number of classes"
+        check_logits("Rocket", student, teacher, remedy)
         return {}
 
     def forward(self, student: list[Tensor], teacher: list[Tensor], **context: Any) -> Tensor:

@@ -145,6 +145,6 @@ def test_lists_of_different_length_are_refused(randn, refuses):
 
 
 def test_a_booster_of_other_classes_is_refused_when_built(refuses):
-    with refuses("light net 10 logits, booster 100 logits"):
+    with refuses("student 10 logits, teacher 100 logits"):
         RocketLoss.tap_arguments([TapSpec(10)], [TapSpec(100)], {})
     assert RocketLoss.tap_arguments([TapSpec(10)], [TapSpec(10)], {}) == {}

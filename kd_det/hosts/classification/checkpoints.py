@@ -34,8 +34,8 @@ def load_public(
 
     Args:
         model: from :func:`kd_det.hosts.classification.models.build_classifier`; changed in place.
-        state_dict: tensors by key, as :func:`kd_det.core.checkpoint.read_weights` gives them.
-        source: where they come from, for the message.
+        state_dict: tensors by key.
+        source: their origin, for the message.
 
     Raises:
         KDError: two keys mean one parameter, or a key of either side is left over or has another

@@ -35,12 +35,10 @@ Classifier = Any
 
 
 def tap_table(model: nn.Module) -> dict[str, Tap]:
-    """Every named place of a classifier to listen to.
+    """The named taps of a classifier.
 
-    Args:
-        model: a CIFAR network; a torchvision ResNet, VGG, MobileNet or ShuffleNet; any timm
-            classifier that describes its stages (``feature_info``). Others have ``pooled`` and
-            ``logits``.
+    Stages are known for CIFAR networks; torchvision's ResNet, VGG, MobileNet and ShuffleNet; and
+    timm classifiers that describe theirs (``feature_info``). Others have ``pooled`` and ``logits``.
     """
     if isinstance(model, CifarNet):
         return model.taps()
@@ -49,11 +47,7 @@ def tap_table(model: nn.Module) -> dict[str, Tap]:
 
 
 def resolve_taps(model: nn.Module, names: Iterable[str]) -> dict[str, Tap]:
-    """The taps of a config's names.
-
-    Args:
-        model: any classifier.
-        names: entries of :func:`tap_table`, or paths of modules, of which the output is taken.
+    """The taps of a config's names: of :func:`tap_table`, or paths of modules (their output).
 
     Raises:
         KDError: a name that is neither; the message lists the named taps.

@@ -33,8 +33,7 @@ from kd_det.hosts.classification.checkpoints import load_public
 from kd_det.hosts.classification.models.base import CifarNet, scaled
 from kd_det.hosts.classification.models.mobilenet import CifarMobileNetV2
 from kd_det.hosts.classification.models.resnet import WIDTHS, CifarResNet, CifarResNet50
-from kd_det.hosts.classification.models.shufflenet_v1 import CifarShuffleNetV1
-from kd_det.hosts.classification.models.shufflenet_v2 import CifarShuffleNetV2
+from kd_det.hosts.classification.models.shufflenet import CifarShuffleNetV1, CifarShuffleNetV2
 from kd_det.hosts.classification.models.vgg import CifarVGG
 from kd_det.hosts.classification.models.wide_resnet import WideResNet
 
@@ -84,10 +83,9 @@ def build_classifier(
     Args:
         name: see the table of this module.
         num_classes: number of logits.
-        pretrained_weights: a weights file, loaded by
-            :func:`kd_det.hosts.classification.checkpoints.load_public`; or, for torchvision and
-            timm, the name of weights they download (``IMAGENET1K_V1``; timm knows ``DEFAULT``).
-            Empty: random weights from torch's generator.
+        pretrained_weights: a weights file, or, for torchvision and timm, the name of weights to
+            download (``IMAGENET1K_V1``; timm knows ``DEFAULT``). Empty: random weights from torch's
+            generator.
         in_channels: of the images; torchvision's networks take 3.
 
     Raises:

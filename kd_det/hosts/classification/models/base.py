@@ -18,7 +18,7 @@ class CifarNet(nn.Sequential):
 
     The last three children are ``avgpool``, ``flatten`` and ``fc``. No ReLU works in place, so
     that every recorded tensor keeps its value. Input ``[N, C, H, W]`` with ``H, W >= 16``, output
-    logits ``[N, K]``.
+    logits ``[N, K]``. Every network takes ``num_classes``, K, and ``in_channels``, C, 3 by default.
 
     Attributes:
         public_names: what to replace in the keys of the public distillation collections
@@ -50,18 +50,22 @@ def stem(in_channels: int, channels: int, kernel: int) -> dict[str, nn.Module]:
 
 
 def residual_stages(
-    block: Callable[[int, int, int], nn.Module], widths: Sequence[int], counts: Sequence[int]
+    block: Callable[[int, int, int], nn.Module],
+    widths: Sequence[int],
+    counts: Sequence[int],
+    first_stride: int = 1,
 ) -> dict[str, nn.Module]:
-    """Backbone stages ``layer1``, ``layer2``, ..., all but the first with stride 2.
+    """Backbone stages ``layer1``, ``layer2``, ..., of which all but the first begin with stride 2.
 
     Args:
         block: ``(in_channels, channels, stride) -> block``.
         widths: channels of the stem and of each stage.
         counts: number of blocks of each stage.
+        first_stride: that of the first stage.
     """
     layers: dict[str, nn.Module] = {}
     for k, count in enumerate(counts, 1):
-        first = block(widths[k - 1], widths[k], 1 if k == 1 else 2)
+        first = block(widths[k - 1], widths[k], first_stride if k == 1 else 2)
         rest = [block(widths[k], widths[k], 1) for _ in range(count - 1)]
         layers[f"layer{k}"] = nn.Sequential(first, *rest)
     return layers

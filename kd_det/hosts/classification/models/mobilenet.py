@@ -52,10 +52,7 @@ class InvertedResidual(nn.Module):
 class CifarMobileNetV2(CifarNet):
     """MobileNetV2 with expansion 6.
 
-    Args:
-        num_classes: number of logits.
-        factor: of all widths but the last 1280, which only grows; the papers' student has 0.5.
-        in_channels: of the images.
+    ``factor`` multiplies all widths; the last, 1280, only grows. The papers' student has 0.5.
     """
 
     public_names = ((r"^classifier\.0\.", "fc."),)
@@ -85,18 +82,13 @@ class CifarMobileNetV2(CifarNet):
         """
         taps = {"stem": Tap("conv1")}
         for k, (first, last) in enumerate(_STAGES, 1):
-            taps |= {
-                f"stage{k}_first": Tap(f"blocks.{first}.0"),
-                f"stage{k}": Tap(f"blocks.{last}"),
-            }
+            taps[f"stage{k}_first"] = Tap(f"blocks.{first}.0")
+            taps[f"stage{k}"] = Tap(f"blocks.{last}")
         return taps | head_taps()
 
 
 def _conv_norm_relu(
     in_channels: int, channels: int, kernel: int = 1, stride: int = 1, groups: int = 1
 ) -> list[nn.Module]:
-    return [
-        conv(in_channels, channels, kernel, stride, groups),
-        nn.BatchNorm2d(channels),
-        nn.ReLU(),
-    ]
+    convolution = conv(in_channels, channels, kernel, stride, groups)
+    return [convolution, nn.BatchNorm2d(channels), nn.ReLU()]

@@ -72,24 +72,13 @@ class Bottleneck(nn.Module):
 
 
 class CifarResNet(ResidualNet):
-    """A ResNet of depth ``6n + 2``.
+    """A ResNet of depth ``6n + 2``; any other depth is refused.
 
-    Args:
-        depth: 8, 14, 20, 26, ...
-        num_classes: number of logits.
-        widths: channels of the stem and of the three stages; the paper's are 16, 16, 32, 64.
-        in_channels: of the images.
-
-    Raises:
-        KDError: a depth that is not ``6n + 2``.
+    ``widths`` are the channels of the stem and of the three stages. Default: the paper's.
     """
 
     def __init__(
-        self,
-        depth: int,
-        num_classes: int,
-        widths: Sequence[int] = WIDTHS,
-        in_channels: int = 3,
+        self, depth: int, num_classes: int, widths: Sequence[int] = WIDTHS, in_channels: int = 3
     ) -> None:
         if depth < 8 or depth % 6 != 2:
             fail(

@@ -42,16 +42,7 @@ class PoolLargeMaps(nn.MaxPool2d):
 
 
 class CifarVGG(CifarNet):
-    """VGG-8, 11, 13, 16 or 19.
-
-    Args:
-        depth: a key of :data:`VGG_WIDTHS`.
-        num_classes: number of logits.
-        in_channels: of the images.
-
-    Raises:
-        KDError: an unknown depth.
-    """
+    """VGG-8, 11, 13, 16 or 19, the keys of :data:`VGG_WIDTHS`; any other depth is refused."""
 
     public_names = ((r"^classifier\.", "fc."),)
 

@@ -48,22 +48,12 @@ class PreActivationBlock(nn.Module):
 
 
 class WideResNet(CifarNet):
-    """A wide ResNet of depth ``6n + 4``.
+    """A wide ResNet of depth ``6n + 4``; any other depth and a factor below 1 are refused.
 
-    Args:
-        depth: 10, 16, 22, 28, 40, ...
-        factor: widths are 16 for the stem and 16, 32, 64 times this for the stages.
-        num_classes: number of logits.
-        in_channels: of the images.
-
-    Raises:
-        KDError: a depth that is not ``6n + 4``, or a factor below 1.
+    The stem has 16 channels, the stages have 16, 32 and 64 times ``factor``.
     """
 
-    public_names = (
-        (r"^block(\d)\.layer\.", r"layer\1."),
-        (r"\.convShortcut\.", ".shortcut."),
-    )
+    public_names = ((r"^block(\d)\.layer\.", r"layer\1."), (r"\.convShortcut\.", ".shortcut."))
 
     def __init__(self, depth: int, factor: int, num_classes: int, in_channels: int = 3) -> None:
         if depth < 10 or depth % 6 != 4 or factor < 1:
