@@ -26,21 +26,14 @@ def clip_factor(epochs_since_start: float) -> float:
     return 1.0 / (1.0 + math.exp(-epochs_since_start))
 
 
-def transfer_gradients(
-    loss: Tensor, parameters: Sequence[nn.Parameter], retain_graph: bool = True
-) -> list[Tensor | None]:
-    """Gradients of ``loss``, averaged over processes; ``.grad`` stays as it is.
+def transfer_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """Gradients of ``loss``, averaged over processes; ``.grad`` and the graph stay as they are.
 
     They do not pass the hooks of DDP, which would take this for the step's only backward pass.
-    Every process must call it, each with its loss. A parameter that no process has a gradient for
-    gets None.
-
-    Args:
-        loss: scalar; sum of the terms to clip.
-        parameters: leaves of the graph, the same on every process.
-        retain_graph: keep the graph, for the task's backward pass.
+    Every process must call it, each with its loss, the sum of the terms to clip, and the same
+    leaves of the graph. A parameter that no process has a gradient for gets None.
     """
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     if world_size() == 1:
         return list(gradients)
     return _average(gradients, parameters)
@@ -59,8 +52,7 @@ def add_clipped_gradients(
     it later.
 
     Args:
-        parameters: as given to :func:`transfer_gradients`.
-        gradients: its result.
+        parameters, gradients: argument and result of :func:`transfer_gradients`.
         factor: largest ratio of the two norms, see :func:`clip_factor`.
         unclipped: parameters that the task does not train, such as adaptors, where their ``.grad``
             may be an exact zero, as with DDP. They take the whole gradient, as does any parameter

@@ -23,9 +23,7 @@ _PATIENCE = 10  # measurements after which a term that none of them could measur
 class MeasuredBalance(Balance):
     """Configured weights, and every ``period`` steps a measurement of all gradients.
 
-    Args:
-        terms: the terms of the run.
-        period: steps between two measurements; the first is in step 0.
+    The first measurement is in step 0.
 
     Raises:
         KDError: a term called ``task``, or one that is clipped to the task.
@@ -89,10 +87,8 @@ class MeasuredBalance(Balance):
     def update(self, norms: Tensor, losses: Tensor, factors: Mapping[str, float]) -> None:
         """Adapt the weights.
 
-        Args:
-            norms: gradient norms of the task and the unweighted terms, ``[1 + terms]``.
-            losses: their values, likewise.
-            factors: by term name.
+        ``norms`` are those of the gradients of the task and the unweighted terms, ``losses`` their
+        values, ``[1 + terms]``; ``factors`` are given by term name.
         """
 
     def _measure(

@@ -30,11 +30,9 @@ _SCALES = (2.0**10, 1.0, 2.0**-10)
 class GradientReport:
     """Gradients of several losses on the same parameters.
 
-    Attributes:
-        norms: Euclidean norm of the gradient by name of the loss; float64 scalars, not finite
-            where the gradient is not.
-        cosines: of the angle to the gradient of ``"task"``, by name of every other loss; 0 where
-            one of the two is zero.
+    ``norms`` are Euclidean, by name of the loss: float64 scalars, not finite where the gradient is
+    not. ``cosines`` are those of the angle to the gradient of ``"task"``, by name of every other
+    loss; 0 where one of the two is zero.
     """
 
     norms: dict[str, Tensor]
@@ -87,9 +85,7 @@ def shares(
 ) -> dict[str, Tensor]:
     """Share of each loss in the sum of all gradient norms; 0 if all norms are.
 
-    Args:
-        report: gradients of the task and the terms.
-        weights: of terms that were measured without their weight; 1 where none is given.
+    ``weights`` are those of terms that were measured without; 1 where none is given.
     """
     norms = {name: _weighted(n, (weights or {}).get(name, 1.0)) for name, n in report.norms.items()}
     total = torch.stack(list(norms.values())).sum()

@@ -23,12 +23,7 @@ class Uncertainty(MeasuredBalance):
     Where a loss is exactly zero, as without positives, ``s`` gets no gradient: nothing but the
     penalty would act on it, and the weight of such a term would grow without bound.
 
-    Args:
-        terms: the terms of the run.
-        period: steps between two measurements of the shares, which are logged only.
-
-    Raises:
-        KDError: a negative weight.
+    Shares are measured every ``period`` steps for the log only. Negative weights are refused.
     """
 
     def __init__(self, terms: Sequence[Term], period: int = 10) -> None:

@@ -32,12 +32,7 @@ class ConvAdaptor(nn.Module):
     Both axes are checked; the references look at the height only and silently yield a wrong
     width.
 
-    Args:
-        student_channels: C_s.
-        teacher_channels: C_t.
-        student_size: ``(H, W)`` of the student's map, or None.
-        teacher_size: likewise of the teacher's.
-        relu: end in a ReLU; right where the teacher's tap follows one, wrong on FPN levels.
+    Sizes are ``(H, W)``. A final ReLU fits teachers' taps that follow one, but not FPN levels.
 
     Raises:
         KDError: sizes that no row of the table bridges.

@@ -33,8 +33,7 @@ class Balance(nn.Module):
             step: counts training steps from 0.
 
         Returns:
-            The shares of ``"task"`` and of each term, with the weights of this step; empty in
-            steps without a measurement.
+            The shares of ``"task"`` and of each term; empty in steps without a measurement.
         """
         return {}
 

@@ -28,11 +28,11 @@ def read_weights(path: str | Path, keep_distiller: bool = False) -> dict[str, Te
     The formats are Detectron2's zoo format (``.pkl``), torch files that hold a state dict directly
     or under ``"model"`` or ``"state_dict"`` (``.pth``, ``.pt``, ``.ckpt``), and ``.safetensors``.
     The ``module.`` prefix of DDP is dropped and so are, unless ``keep_distiller``, the adaptors
-    (``distiller.*``) of an earlier distillation. A file that would execute code is refused.
+    (``distiller.*``) of an earlier distillation.
 
     Raises:
-        KDError: the file is missing, empty, of an unknown format, unreadable, or holds no
-            tensors.
+        KDError: the file is missing, of an unknown format, unreadable, would execute code, or holds
+            no tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -91,7 +91,7 @@ def load_student(
     """Load initial weights for training, or all weights for evaluation.
 
     Args:
-        student: the stock detector; a distiller inside it stays as it is.
+        student: the stock model; a distiller inside it stays as it is.
         weights: a file that :func:`read_weights` reads.
         complete: require every key, for evaluation. Otherwise absent tensors and those of another
             shape (heads of other classes) keep their random start, and a warning lists them.
@@ -176,9 +176,8 @@ def export_student(
     The stock model loads the checkpoint strictly before anything is written.
 
     Args:
-        model: the stock model that ``config`` describes.
+        model: the stock model that ``config``, a text, describes.
         weights: the checkpoint of a distillation run.
-        config: the text of the stock config.
         output: a folder; its two files must not exist yet.
         wrap: store the state under ``"model"``, as Detectron2 does.
         optional_parts: see :func:`kd_det.core.teacher.load_strict`.

@@ -30,10 +30,8 @@ NAMES_KEY = "KD.TEACHER.CLASS_NAMES"
 class ClassMap:
     """The position of each class of the student among the teacher's outputs.
 
-    Attributes:
-        student: names of the student's classes, in the order of its outputs.
-        teacher: names of the teacher's classes, in the order of its outputs.
-        indices: per student class, the index of the teacher's class.
+    ``student`` and ``teacher`` are names in the order of the outputs; ``indices`` hold, per class
+    of the student, the index of the teacher's.
     """
 
     student: tuple[str, ...]
@@ -78,12 +76,7 @@ class ClassMap:
 def match_classes(
     student: Sequence[str], teacher: Sequence[str], class_map: Mapping[Any, Any] | None = None
 ) -> ClassMap:
-    """Match classes by name.
-
-    Args:
-        student: names in the order of the student's outputs.
-        teacher: names in the order of the teacher's outputs.
-        class_map: student's name to teacher's, where they differ.
+    """Match classes by name; ``class_map`` gives the teacher's name where the student's differs.
 
     Raises:
         KDError: a name twice on one side; a class that the teacher lacks; a name in ``class_map``
@@ -109,13 +102,12 @@ def match_classes(
         _refuse_missing(missing, others, len(own))
     shared = [name for name, count in Counter(wanted).items() if count > 1]
     if shared:
-        users = [[s for s, t in zip(own, wanted, strict=True) if t == name] for name in shared]
+        users = {
+            name: [s for s, t in zip(own, wanted, strict=True) if t == name] for name in shared
+        }
         fail(
             expected="each class of the teacher to teach one class of the student",
-            received="; ".join(
-                f"'{name}' for {', '.join(names)}"
-                for name, names in zip(shared, users, strict=True)
-            ),
+            received="; ".join(f"'{name}' for {', '.join(names)}" for name, names in users.items()),
             remedy="correct KD.CLASS_MAP, or distil features only: the teacher cannot tell these "
             "classes of the student apart",
         )
@@ -156,15 +148,15 @@ def map_logits(
             received=f"shape {tuple(logits.shape)}",
             remedy="match the classes of this teacher",
         )
-    first = int(background == "first")
+    first, device = int(background == "first"), logits.device
     rest = tuple(k + first for k in class_map.unmapped) if exclusive and background else ()
     if rest:
         logits = full_precision(logits)
-    known = logits.index_select(-1, _index(tuple(k + first for k in class_map.indices), logits))
+    known = logits.index_select(-1, _index(tuple(k + first for k in class_map.indices), device))
     if background is None:
         return known
     own = 0 if first else class_map.teacher_classes
-    ground = logits.index_select(-1, _index((own, *rest), logits))
+    ground = logits.index_select(-1, _index((own, *rest), device))
     if rest:
         ground = ground.logsumexp(dim=-1, keepdim=True)
     return torch.cat([ground, known] if first else [known, ground], dim=-1)
@@ -173,14 +165,12 @@ def map_logits(
 def map_labels(labels: Tensor, class_map: ClassMap | None, first: int = 0) -> Tensor:
     """The teacher's labels for the student's labels, which select the teacher's channels.
 
-    Args:
-        labels: integers of any shape, without background.
-        class_map: None changes nothing.
-        first: label of the first class: 1 where 0 is the background.
+    Labels are integers of any shape, without background. ``first`` is the label of the first class:
+    1 where 0 is the background.
     """
     if class_map is None:
         return labels
-    return _index(class_map.indices, labels)[labels - first] + first
+    return _index(class_map.indices, labels.device)[labels - first] + first
 
 
 def translation(
@@ -189,15 +179,8 @@ def translation(
     """The student's index of each of the teacher's classes, by name; -1 where it has none.
 
     Unlike :func:`match_classes` it refuses nothing: a teacher that lacks classes can still be
-    evaluated on the others.
-
-    Args:
-        student: names in the order of its outputs; None where they are unknown.
-        teacher: names in the order of its outputs; None where they are unknown.
-        class_map: student's name to teacher's, where they differ.
-
-    Returns:
-        None where names are unknown: indices are then the same on both sides.
+    evaluated on the others. The result is None where names are unknown: indices are then the same
+    on both sides.
     """
     if student is None or teacher is None:
         return None
@@ -209,10 +192,8 @@ def translation(
 def translated(classes: Tensor, table: Sequence[int] | None, count: int) -> Tensor:
     """The teacher's class indices as the student's; -1 where the student has no such class.
 
-    Args:
-        classes: integers of any shape, from 0.
-        table: see :func:`translation`.
-        count: classes of the student.
+    ``classes`` are integers of any shape, ``table`` is a :func:`translation`, and ``count`` the
+    number of the student's classes.
     """
     if table is None:
         return classes.where(classes < count, -1)
@@ -232,9 +213,9 @@ def mapped_specs(
     Raises:
         KDError: the map is for a teacher with another number of classes.
     """
-    if class_map is None:
-        return dict(specs)
     mapped = dict(specs)
+    if class_map is None:
+        return mapped
     for name in mapped.keys() & backgrounds.keys():
         extra, spec = backgrounds[name], mapped[name]
         if isinstance(spec, TapSpec):
@@ -289,11 +270,7 @@ def _refuse_missing(missing: Sequence[str], teacher: Sequence[str], classes: int
     )
 
 
-def _index(columns: tuple[int, ...], like: Tensor) -> Tensor:
-    return _index_on(columns, like.device)
-
-
 @lru_cache(maxsize=64)
-def _index_on(columns: tuple[int, ...], device: torch.device) -> Tensor:
+def _index(columns: tuple[int, ...], device: torch.device) -> Tensor:
     # Copied to a device once: a copy in every step would make the host wait for it.
     return torch.tensor(columns, device=device)

@@ -18,6 +18,7 @@ from kd_det.core.registry import LOSSES
 from kd_det.core.terms import Term, missing_arguments, parse_terms
 
 logger = logging.getLogger(__name__)
+NamedSpecs = Mapping[str, TapSpec | Sequence[TapSpec]]
 
 
 class Distiller(nn.Module):
@@ -28,13 +29,11 @@ class Distiller(nn.Module):
 
     Args:
         terms: parsed terms, or the mapping :func:`kd_det.core.terms.parse_terms` reads.
-        student_specs: shapes of each student tap, by tap name.
-        teacher_specs: likewise for the teacher. A name may map to a list of specs if it stands
+        student_specs, teacher_specs: shapes by tap name; a list of specs for a name that stands
             for several tensors (``box_logits`` of a cascade).
         context: names of the context the caller offers, for losses that need it.
         report_period: number of steps after which terms that contributed nothing are reported.
-        balance: adapts the weights to the run, see :mod:`kd_det.balance`. Default: the configured
-            weights.
+        balance: adapts the weights to the run. Default: the configured weights.
 
     Attributes:
         specs: the terms.
@@ -58,8 +57,8 @@ class Distiller(nn.Module):
     def __init__(
         self,
         terms: Sequence[Term] | Mapping[str, Mapping[str, Any]],
-        student_specs: Mapping[str, TapSpec | Sequence[TapSpec]],
-        teacher_specs: Mapping[str, TapSpec | Sequence[TapSpec]],
+        student_specs: NamedSpecs,
+        teacher_specs: NamedSpecs,
         context: Collection[str] = (),
         report_period: int = 1000,
         balance: Balance | None = None,
@@ -93,9 +92,7 @@ class Distiller(nn.Module):
         """Weighted scalar losses by term name; trainers sum the dict.
 
         Args:
-            student: recorded tensors by student tap name; a list where a name stands for
-                several.
-            teacher: likewise for the teacher.
+            student, teacher: recorded tensors by tap name; a list where a name stands for several.
             context: values beyond features, by the names in ``needs`` of a loss. A mapping by tap
                 name is narrowed to the term's taps, in their order.
             task: the student's own losses by name, for a balance.
@@ -182,10 +179,7 @@ class Distiller(nn.Module):
 
 
 def build_loss(
-    term: Term,
-    student_specs: Mapping[str, TapSpec | Sequence[TapSpec]],
-    teacher_specs: Mapping[str, TapSpec | Sequence[TapSpec]],
-    context: Collection[str] = (),
+    term: Term, student_specs: NamedSpecs, teacher_specs: NamedSpecs, context: Collection[str]
 ) -> DistillLoss:
     """The loss of one term for the tapped shapes; for its errors see :class:`Distiller`."""
     where = f"term '{term.name}'"
@@ -216,12 +210,7 @@ def build_loss(
     return loss_class(**given)
 
 
-def _gather_specs(
-    where: str,
-    side: str,
-    names: Sequence[str],
-    specs: Mapping[str, TapSpec | Sequence[TapSpec]],
-) -> list[TapSpec]:
+def _gather_specs(where: str, side: str, names: Sequence[str], specs: NamedSpecs) -> list[TapSpec]:
     for name in names:
         check_known(f"{side} tap of {where}", name, specs)
     return _gather(names, specs)

@@ -59,14 +59,9 @@ def gather_rows(rows: Tensor) -> Tensor:
     ranks. If every rank computes the same loss of the gathered rows, DDP's average over ranks is
     therefore the gradient of one process with the whole batch.
 
-    Every rank must make the same calls in the same order, forward and backward.
-
-    Args:
-        rows: ``[N_r, ...]``, any floating dtype; ranks may differ in ``N_r``, which may be 0.
-
-    Returns:
-        ``[N, ...]``, the same on every rank. ``rows`` itself without ``torch.distributed`` or
-        with one rank.
+    Every rank must make the same calls in the same order, forward and backward. Rows of any
+    floating dtype ``[N_r, ...]``, where ``N_r`` may be 0, give ``[N, ...]``, the same on every
+    rank; with one rank they are returned as they are.
 
     Raises:
         KDError: the ranks' rows differ in shape beyond their number; raised on every rank.

@@ -21,14 +21,9 @@ def replace_text(path: str | Path, text: str) -> None:
 
 
 def writable_folder(folder: str | Path, option: str = "--output") -> Path:
-    """A folder, made if need be, into which files can be written.
+    """A folder, made if need be; refused if it cannot be written to.
 
-    Args:
-        folder: what is asked for.
-        option: what the user names another one with.
-
-    Raises:
-        KDError: it cannot be made or written to.
+    ``option`` is what the user names another one with.
     """
     folder = Path(folder)
     try:

@@ -78,7 +78,7 @@ def check_logits(loss: str, student: Specs, teacher: Specs, remedy: str) -> None
     for s, t in zip(student, teacher, strict=False):
         if (s.channels, s.size) != (t.channels, t.size):
             fail(
-                expected=f"{loss} to compare logits of the same classes",
+                expected=f"{loss} to compare heads of the same classes",
                 received=f"student {_logits(s)}, teacher {_logits(t)}",
                 remedy=remedy,
             )

@@ -16,10 +16,8 @@ class Registry(_FvcoreRegistry):
     def register(self, obj: Any = None) -> Any:  # type: ignore[override]
         """Decorator that registers under the object's own name, or under a given string.
 
-        Both ``@LOSSES.register()`` and ``@LOSSES.register("KD")`` work.
-
-        Raises:
-            AssertionError: the name is taken (fvcore's own check).
+        Both ``@LOSSES.register()`` and ``@LOSSES.register("KD")`` work. A name that is taken is an
+        AssertionError of fvcore.
         """
         if not isinstance(obj, str):
             return super().register(obj)
@@ -31,11 +29,7 @@ class Registry(_FvcoreRegistry):
         return decorate
 
     def get(self, name: str) -> Any:
-        """The object registered as ``name``.
-
-        Raises:
-            KDError: ``name`` is not registered.
-        """
+        """The object registered as ``name``; an unknown name is refused."""
         check_known(self._name, name, (known for known, _ in self))
         return super().get(name)
 

@@ -24,7 +24,7 @@ class Tap:
 
     Attributes:
         path: dotted module path, as in ``named_modules()``.
-        at: the module's ``"output"`` or its positional ``"input"``.
+        at: the module's output or its positional input.
         select: key or index into a dict, tuple or list output (``"p3"``, ``0``), or the
             position of the argument for ``at="input"``. ``None`` keeps the whole output, or the
             first argument.

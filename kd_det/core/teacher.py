@@ -29,11 +29,7 @@ class FrozenTeacher:
 
     Deep copies share the teacher instead of cloning it: an EMA of the student needs no second
     teacher. Since ``.to()`` or ``.double()`` on the student do not reach it, call
-    :meth:`follow` with a student tensor before use.
-
-    Args:
-        model: any module; it is switched to eval mode and its parameters stop requiring
-            gradients. The caller must not train it any further.
+    :meth:`follow` with a student tensor before use. The caller must not train the model any more.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -88,7 +84,7 @@ def load_strict(
     Args:
         model: is left untouched after an error.
         state_dict: tensors by key.
-        source: names their origin in the message.
+        source: their origin, for the message.
         optional_parts: parts of keys that formats legitimately add or drop, such as
             Detectron2's ``anchor_generator.cell_anchors`` in older files.
 
@@ -105,15 +101,8 @@ def load_strict(
         if k in given and given[k].shape != own[k].shape
     ]
     if missing or unexpected or mis_shaped:
-        problems = [
-            f"{len(keys)} {kind}: {listed(keys, 8)}"
-            for kind, keys in (
-                ("missing", missing),
-                ("unexpected", unexpected),
-                ("mis-shaped", mis_shaped),
-            )
-            if keys
-        ]
+        kinds = {"missing": missing, "unexpected": unexpected, "mis-shaped": mis_shaped}
+        problems = [f"{len(k)} {kind}: {listed(k, 8)}" for kind, k in kinds.items() if k]
         fail(
             expected=f"every one of the teacher's {len(own)} keys in {source}",
             received="; ".join(problems),

@@ -28,12 +28,11 @@ class Term:
         name: the key of the entry, and the name of the logged loss.
         loss: a name in the registry.
         taps: pairs of student and teacher tap names or module paths.
-        weight: multiplies the loss; meaningless without the loss's reduction.
+        weight: meaningless without the loss's reduction.
         arguments: constructor arguments of the loss, in lower case.
-        schedule: gives the factor of the weight in a training step, see
-            :mod:`kd_det.core.schedules`.
+        schedule: the factor of the weight in each training step.
         clip: ``"task_norm"`` limits the term's gradient to that of the task, tensor by tensor
-            (MHGD); see :mod:`kd_det.balance.clip`.
+            (MHGD; :mod:`kd_det.balance.clip`).
     """
 
     name: str
@@ -115,12 +114,7 @@ def _parse_term(name: str, node: Mapping[str, Any]) -> Term:
 
 
 def check_heads(terms: Sequence[Term], sigmoid_taps: Collection[str]) -> None:
-    """Refuse softmax distillation of heads that were trained with sigmoid cross-entropy.
-
-    Args:
-        terms: parsed terms.
-        sigmoid_taps: names of taps whose logits belong to independent classes.
-    """
+    """Refuse softmax distillation of taps whose logits belong to independent (sigmoid) classes."""
     for term in terms:
         parameters = inspect.signature(LOSSES.get(term.loss).__init__).parameters
         if "activation" not in parameters:
@@ -212,11 +206,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in typing.get_args(hint)
     if origin is tuple and ... not in typing.get_args(hint):
         members = typing.get_args(hint)
-        return (
-            isinstance(value, (list, tuple))
-            and len(value) == len(members)
-            and all(map(_fits, value, members))
-        )
+        fits_length = isinstance(value, (list, tuple)) and len(value) == len(members)
+        return fits_length and all(map(_fits, value, members))
     if origin in (list, tuple, Sequence) or origin is Sequence.__mro__[0]:
         inner = typing.get_args(hint)[0] if typing.get_args(hint) else Any
         return isinstance(value, (list, tuple)) and all(_fits(v, inner) for v in value)

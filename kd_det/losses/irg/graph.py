@@ -2,7 +2,8 @@
 
 Shapes: N nodes (images, or RoIs on detectors), K classes, C channels. A feature is ``[N, C]`` or
 a map ``[N, C, H, W]``, which is averaged over its positions first. Edges are ``[N, N]``, a
-movement is ``[N]``. Widths may differ between student and teacher.
+movement is ``[N]``. Widths may differ between student and teacher. All of it is computed in at
+least float32, and no gradient flows into the teacher's features.
 """
 
 from __future__ import annotations
@@ -20,11 +21,7 @@ Bridge = Literal["error", "average"]
 
 
 def pool_nodes(feature: Tensor) -> Tensor:
-    """The attribute of each node: ``[N, C]`` as it is, ``[N, C, H, W]`` averaged over positions.
-
-    Raises:
-        KDError: any other number of dimensions.
-    """
+    """The attribute of each node, ``[N, C]``; features of other dimensions are refused."""
     if feature.dim() not in (2, 4):
         fail(
             expected="IRG to get vectors [N, C] or maps [N, C, H, W]",
@@ -44,7 +41,7 @@ def edge_matrix(feature: Tensor, normalize: bool = True, detach_max: bool = True
     The result is ``[N, N]``, symmetric and zero on the diagonal.
 
     Args:
-        feature: ``[N, C]`` or ``[N, C, H, W]``, computed in at least float32.
+        feature: a vector or map per node.
         normalize: divide by the matrix's own maximum, as the reference does (the paper's
             equations do not); a matrix of zeros stays one, with zero gradient.
         detach_max: hold that maximum constant in the backward pass, as the reference does.
@@ -67,10 +64,8 @@ def movement(
     """Squared Euclidean distance of each node between two layers of one network, ``[N]``.
 
     Args:
-        first: ``[N, C]`` or ``[N, C, H, W]``, computed in at least float32.
-        last: likewise, of the same width unless ``bridge`` says otherwise; sizes may differ.
-        normalize: divide by the largest movement, see :func:`edge_matrix`.
-        detach_max: hold it constant in the backward pass.
+        first, last: features of the layers, whose spatial sizes may differ.
+        normalize, detach_max: as in :func:`edge_matrix`, for the largest movement.
         bridge: ``"error"`` refuses layers of different width; ``"average"`` averages groups of
             neighbouring channels of the wider layer, a multiple of the narrower.
 
@@ -93,8 +88,7 @@ def vertex_loss(student: Tensor, teacher: Tensor, reduction: Reduction = "caffe"
     Without nodes the loss is an exact zero in the graph.
 
     Args:
-        student: ``[N, K]``, computed in at least float32.
-        teacher: same shape; no gradient flows into it.
+        student, teacher: ``[N, K]``.
         reduction: ``"caffe"`` divides the sum by 2N; ``"mean"`` averages over N and K, which is
             ``2 / K`` times as large.
 
@@ -122,8 +116,7 @@ def edge_loss(
     1 on both sides and the loss is 0.
 
     Args:
-        student: ``[N, C_s]`` or ``[N, C_s, H, W]``.
-        teacher: ``[N, C_t]`` or ``[N, C_t, H', W']``; no gradient flows into it.
+        student, teacher: features of one layer.
         reduction: ``"caffe"`` divides the sum by 2N; ``"mean"`` averages over the N * N edges,
             which is ``2 / N`` times as large: at the published N = 64, a weight w for ``"caffe"``
             is 32 w for ``"mean"``.
@@ -155,15 +148,10 @@ def movement_loss(
     1, or 0 where it does not move.
 
     Args:
-        student: features of the first and of the last layer, see :func:`movement`.
-        teacher: likewise; no gradient flows into them.
+        student, teacher: features of the first and of the last layer.
         reduction: ``"caffe"`` divides the sum by 2, not by N; ``"mean"`` averages over N, which
             is ``2 / N`` times as large.
-        normalize, detach_max: see :func:`edge_matrix`.
-        bridge: see :func:`movement`.
-
-    Raises:
-        KDError: see :func:`movement`; or an unknown reduction.
+        normalize, detach_max, bridge: see :func:`movement`.
     """
     check_choice("reduction", reduction, Reduction)
     check_rows(*student, *teacher)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kd_det.core.distributed import gather_aligned
 from kd_det.core.errors import check_at_least, check_choice, check_same_length, fail
-from kd_det.core.loss import DistillLoss, TapSpec
+from kd_det.core.loss import Arguments, DistillLoss, Specs, check_logits
 from kd_det.core.numerics import evenly_spaced, zero_in_graph
 from kd_det.core.registry import LOSSES
 from kd_det.losses.irg.graph import (
@@ -53,11 +53,7 @@ class _Layout:
             check_at_least(f"{self.loss} to get EDGES", self.edges, 0, remedy)
 
     def split(self, taps: Sequence[T]) -> tuple[Sequence[T], Sequence[T], Sequence[T]]:
-        """Logits, edges and movements.
-
-        Raises:
-            KDError: too few taps, or a movement without its second tap.
-        """
+        """Logits, edges and movements; refuses too few taps and a half of a movement."""
         first_edge = self.vertices
         first_movement = len(taps) if self.edges is None else first_edge + self.edges
         movements = taps[first_movement:]
@@ -107,33 +103,21 @@ class _GraphLoss(DistillLoss):
         self._warned = False
 
     @classmethod
-    def _read_layout(cls, given: dict[str, Any]) -> _Layout:
+    def _read_layout(cls, given: Arguments) -> _Layout:
         raise NotImplementedError
 
     @classmethod
-    def tap_arguments(
-        cls, student: Sequence[TapSpec], teacher: Sequence[TapSpec], given: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Nothing to fill in; refuses taps that the loss cannot read.
-
-        Raises:
-            KDError: too few taps, logits of different class counts, or a movement between widths.
-        """
+    def tap_arguments(cls, student: Specs, teacher: Specs, given: Arguments) -> Arguments:
+        """Nothing to fill in; refuses taps that the loss cannot read."""
         layout = cls._read_layout(given)
         logits_s, _, movements_s = layout.split(student)
         logits_t, _, movements_t = layout.split(teacher)
-        for s, t in zip(logits_s, logits_t, strict=False):
-            if s.channels != t.channels:
-                fail(
-                    expected=f"the first tap of {layout.loss} to be logits of the same classes",
-                    received=f"student {s.channels} logits, teacher {t.channels} logits",
-                    remedy="use a teacher of the student's classes, or IRG with VERTICES: False",
-                )
-        for side, specs in (("student", movements_s), ("teacher", movements_t)):
+        remedy = "use a teacher of the student's classes, or IRG with VERTICES: False"
+        check_logits(f"{layout.loss} on its first tap", logits_s, logits_t, remedy)
+        bridge = given.get("bridge", "error")
+        for side, specs in (("the student", movements_s), ("the teacher", movements_t)):
             for first, last in zip(specs[::2], specs[1::2], strict=True):
-                check_movement_widths(
-                    f"the {side}", first.channels, last.channels, given.get("bridge", "error")
-                )
+                check_movement_widths(side, first.channels, last.channels, bridge)
         return {}
 
     def forward(self, student: list[Tensor], teacher: list[Tensor], **context: Any) -> Tensor:
@@ -177,15 +161,9 @@ class _GraphLoss(DistillLoss):
         for k in range(0, len(student), 2):
             pair_t = (t.detach() for t in teacher[k : k + 2])
             s_first, s_last, t_first, t_last = self._nodes(*student[k : k + 2], *pair_t, smallest=2)
-            losses.append(
-                movement_loss(
-                    (s_first, s_last),
-                    (t_first, t_last),
-                    self.reduction,
-                    detach_max=self.detach_max,
-                    bridge=self.bridge,
-                )
-            )
+            pairs = (s_first, s_last), (t_first, t_last)
+            loss = movement_loss(*pairs, self.reduction, True, self.detach_max, self.bridge)
+            losses.append(loss)
         return torch.stack(losses).sum()
 
     def _nodes(self, *features: Tensor, smallest: int = 0) -> list[Tensor]:
@@ -226,9 +204,6 @@ class IRGLoss(_GraphLoss):
         gather: relate the samples of all ranks, with gradients; the pooled vectors travel.
         max_nodes: above 0, relate at most so many rows, evenly spaced over the batch (after
             gathering): RoIs can be thousands, and edges grow with the square.
-
-    Raises:
-        KDError: an unknown reduction or a negative ``max_nodes``.
     """
 
     def __init__(
@@ -259,11 +234,8 @@ class IRGMovementLoss(_GraphLoss):
 
     Args:
         lambda3: weight of each pair; 0.005 in the released ``IRG_Transformation.prototxt``.
-        reduction, detach_max, gather, max_nodes: see :class:`IRGLoss`.
         bridge: for layers of different width, see :func:`movement`.
-
-    Raises:
-        KDError: an unknown reduction or bridge, or a negative ``max_nodes``.
+        reduction, detach_max, gather, max_nodes: see :class:`IRGLoss`.
     """
 
     def __init__(
@@ -290,14 +262,8 @@ class MTKLoss(_GraphLoss):
     Taps: the logits, then ``edges`` layers, then pairs of first and last layers as in
     :class:`IRGMovementLoss`. The task loss, part of the paper's sum, is the host's.
 
-    Args:
-        lambda1, lambda2: see :class:`IRGLoss` (lambda1 unverified).
-        lambda3, bridge: see :class:`IRGMovementLoss`.
-        edges: number of taps after the logits whose edges are compared.
-        reduction, detach_max, gather, max_nodes: see :class:`IRGLoss`.
-
-    Raises:
-        KDError: an unknown reduction or bridge, or a negative ``edges`` or ``max_nodes``.
+    ``edges`` is the number of taps after the logits whose edges are compared; lambda3 and bridge
+    are those of :class:`IRGMovementLoss`, all other arguments those of :class:`IRGLoss`.
     """
 
     def __init__(

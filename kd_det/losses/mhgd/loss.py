@@ -30,7 +30,7 @@ from kd_det.core.errors import (
     check_same_shape,
     fail,
 )
-from kd_det.core.loss import TapSpec, channel_arguments
+from kd_det.core.loss import Arguments, Specs, channel_arguments
 from kd_det.core.numerics import evenly_spaced, full_precision, no_autocast, zero_in_graph
 from kd_det.core.registry import LOSSES
 from kd_det.losses.mhgd.pre_training import PreStageLoss
@@ -52,7 +52,7 @@ def mhgd_loss(student: Tensor, teacher: Tensor, reduction: Reduction = "sum") ->
 
     Args:
         student: similarities ``S [H, B, B]``; any floating dtype, computed in at least float32.
-        teacher: same shape; no gradient flows into it.
+        teacher: likewise; no gradient flows into it.
         reduction: ``"sum"`` over heads and rows (published; its weight 1 relies on the
             task-norm clip); ``"mean"`` divides by ``H * B`` (ours).
 
@@ -87,10 +87,6 @@ class AttentionModule(nn.Module):
 
     Matrices are stored ``[in, out]``; column ``dim * H + head`` belongs to ``head``. The argument
     ``batch_statistics``, not the mode of the module, selects the statistics of BatchNorm.
-
-    Args:
-        front_channels, back_channels: C_front and C_back.
-        heads: H.
     """
 
     def __init__(self, front_channels: int, back_channels: int, heads: int) -> None:
@@ -137,12 +133,7 @@ class AttentionModule(nn.Module):
 
 
 class AttentionNetwork(nn.Module):
-    """One :class:`AttentionModule` per pair of consecutive taps.
-
-    Args:
-        channels: the teacher's widths, tap by tap.
-        heads: H.
-    """
+    """One :class:`AttentionModule` per pair of consecutive taps of the teacher's ``channels``."""
 
     draws: Tensor
 
@@ -192,9 +183,6 @@ class MHGDLoss(PreStageLoss):
         reduction: see :func:`mhgd_loss`.
         gather: relate the samples of all processes in one graph.
         max_nodes: above 0, relate at most so many samples per process, evenly spaced: for boxes.
-
-    Raises:
-        KDError: fewer than two taps, lists of different length or a number out of range.
     """
 
     network: AttentionNetwork
@@ -231,9 +219,7 @@ class MHGDLoss(PreStageLoss):
         self._warned = False
 
     @classmethod
-    def tap_arguments(
-        cls, student: Sequence[TapSpec], teacher: Sequence[TapSpec], given: dict[str, Any]
-    ) -> dict[str, Any]:
+    def tap_arguments(cls, student: Specs, teacher: Specs, given: Arguments) -> Arguments:
         """Channel widths of both sides."""
         return channel_arguments(student, teacher)
 
@@ -246,9 +232,6 @@ class MHGDLoss(PreStageLoss):
 
         With several processes the graph and BatchNorm always span all of them, so that every
         process has the same network in the end.
-
-        Args:
-            teacher: one map ``[B, C_k, H_k, W_k]``, or ``[B, C_k]``, per tap.
         """
         self._check_taps("teacher", teacher, self.teacher_channels)
         vectors = self._split(gather_rows(self._teacher_rows(teacher)))
@@ -260,11 +243,9 @@ class MHGDLoss(PreStageLoss):
     def forward(self, student: list[Tensor], teacher: list[Tensor], **context: Any) -> Tensor:
         """Transfer loss, summed over pairs of taps. Scalar.
 
-        For fewer than two samples, which have no relations, it is an exact zero with a gradient.
-
-        Args:
-            student: one map ``[B, C_k, H_k, W_k]``, or ``[B, C_k]``, per tap.
-            teacher: as many, of the same B and any heights and widths.
+        Each tap is a map ``[B, C_k, H_k, W_k]`` or ``[B, C_k]``; sizes may differ between the two
+        sides. For fewer than two samples, which have no relations, it is an exact zero with a
+        gradient.
         """
         check_same_length("MHGD", student, teacher)
         self._check_taps("student", student, self.student_channels)
@@ -298,8 +279,8 @@ class MHGDLoss(PreStageLoss):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The compared graphs ``[H, B, B]`` of student and teacher, one per pair of taps.
 
-        Rows sum to 1. Arguments are those of :meth:`forward`. Adaptors in training mode update the
-        statistics of their BatchNorm; use a copy where that matters.
+        Rows sum to 1. Adaptors in training mode update the statistics of their BatchNorm; use a
+        copy where that matters.
         """
         targets = self._teacher_rows(teacher)
         own, others = (
@@ -310,9 +291,8 @@ class MHGDLoss(PreStageLoss):
 
     def _teacher_rows(self, teacher: Sequence[Tensor]) -> Tensor:
         """The teacher's vectors of all taps side by side, ``[B, sum C_k]``."""
-        return torch.cat(
-            [teacher_vectors(evenly_spaced(t, self.max_nodes)) for t in teacher], dim=1
-        )
+        vectors = [teacher_vectors(evenly_spaced(t, self.max_nodes)) for t in teacher]
+        return torch.cat(vectors, dim=1)
 
     def _student_rows(self, student: Sequence[Tensor], targets: Tensor) -> Tensor:
         """Likewise for the student, adapted and aligned to the teacher's vectors."""
@@ -340,10 +320,7 @@ class MHGDLoss(PreStageLoss):
 
     def _warn(self) -> None:
         if not self._warned:
-            logger.warning(
-                "MHGD got fewer than two samples, which have no graph: its loss is zero for such "
-                "batches"
-            )
+            logger.warning("MHGD's loss is zero for fewer than two samples, which have no graph")
             self._warned = True
 
 

@@ -22,9 +22,6 @@ class PreStageLoss(DistillLoss):
 
     Subclasses hand the network to this constructor and implement :meth:`pre_stage_loss`,
     :meth:`fingerprint` and ``forward``.
-
-    Args:
-        network: what the pre-stage trains.
     """
 
     ready: Tensor
@@ -32,23 +29,20 @@ class PreStageLoss(DistillLoss):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        # In the state, so that a checkpoint holds it; as a bool besides, because reading it back
-        # from a GPU in every step would make the host wait.
+        # Whether the network was trained or loaded: in the state for the checkpoint; as a bool
+        # besides, because reading it back from a GPU in every step would make the host wait.
         self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
-        self._ready = False
+        self.is_ready = False
         self.register_load_state_dict_post_hook(_read_ready)
         self.register_forward_pre_hook(_refuse_untrained)
-        self._freeze()
+        self.network.eval().requires_grad_(False)
 
     def pre_stage_loss(self, teacher: list[Tensor]) -> Tensor:
         """Scalar that the pre-stage minimises, from the teacher's taps alone."""
         raise NotImplementedError
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a saved network belongs to: loss name, its hyper-parameters, teacher widths.
-
-        Plain numbers, strings and lists.
-        """
+        """Name, hyper-parameters and teacher widths of a network: numbers, strings and lists."""
         raise NotImplementedError
 
     def pre_stage_state(self) -> dict[str, Tensor]:
@@ -68,7 +62,7 @@ class PreStageLoss(DistillLoss):
 
     def finish_pre_stage(self) -> None:
         """Freeze the network; the loss is ready."""
-        self._freeze()
+        self.network.eval().requires_grad_(False)
         self._set_ready(True)
 
     def train(self, mode: bool = True) -> PreStageLoss:
@@ -77,21 +71,13 @@ class PreStageLoss(DistillLoss):
         self.network.eval()
         return self
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether the network was trained or loaded."""
-        return self._ready
-
     def _set_ready(self, ready: bool) -> None:
-        self._ready = ready
+        self.is_ready = ready
         self.ready.fill_(ready)
-
-    def _freeze(self) -> None:
-        self.network.eval().requires_grad_(False)
 
 
 def _read_ready(module: Any, incompatible: Any) -> None:
-    module._ready = bool(module.ready)
+    module.is_ready = bool(module.ready)
 
 
 def _refuse_untrained(module: Any, args: Any) -> None:

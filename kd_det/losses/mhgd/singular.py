@@ -59,16 +59,11 @@ def teacher_vectors(maps: Tensor) -> Tensor:
 def student_vectors(maps: Tensor, teacher: Tensor, n: int = 4) -> Tensor:
     """The direction of each map that is most like the teacher's vector, with its sign: ``[B, C]``.
 
-    The teacher's first direction may be the student's second. The choice and the sign carry no
-    gradient.
-
-    Args:
-        maps: see :func:`dominant_directions`, of the teacher's width.
-        teacher: ``[B, C]`` from :func:`teacher_vectors`.
-        n: number of first directions to choose from (4 in the authors' code).
+    It is chosen among the first n (4 in the authors' code): the teacher's first direction may be
+    the student's second. The choice and the sign carry no gradient.
 
     Raises:
-        KDError: another number of maps or channels than the teacher's.
+        KDError: another number of maps or channels than in ``teacher``, ``[B, C]``.
     """
     if maps.shape[:2] != teacher.shape:
         fail(
