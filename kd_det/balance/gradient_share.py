@@ -36,13 +36,11 @@ class GradientShare(MeasuredBalance):
     unless its gradient, or the task's, is zero or not finite. Such measurements are skipped.
 
     Args:
-        terms: the terms of the run.
         chosen: the share of each balanced term; positive, and less than 1 in sum.
         period: steps between two measurements.
 
     Raises:
-        KDError: an unknown term, one that is off or has a negative weight, or shares that do not
-            leave the task any.
+        KDError: an unknown term, one that is off or has a negative weight, or shares out of range.
     """
 
     def __init__(

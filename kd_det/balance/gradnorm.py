@@ -30,7 +30,6 @@ class GradNorm(MeasuredBalance):
     the whole backbone instead of its last layer, and every ``period`` steps instead of in all.
 
     Args:
-        terms: the terms of the run.
         period: steps between two measurements. 1 is the paper's.
         alpha: strength of the force towards equal rates; 0 equalises the norms. The paper uses
             1.5 where losses differ much and 0.12 where they are alike.

@@ -134,15 +134,16 @@ class Distiller(nn.Module):
         losses = {}
         for term in self.specs:
             name, loss, factor = term.name, raw[term.name], factors[term.name]
+            weight: float | Tensor = 0.0
             if term.weight and factor:
                 losses[name] = self.balance.weigh(term, loss, factor)
-                self._note(name, loss)
                 weight = self.balance.weight(term, factor)
+                active = loss.detach() != 0
             else:
                 # It must not let a non-finite loss or gradient through: 0 * inf is nan.
                 losses[name] = zero_in_graph([*inputs[name], *self.balance.parameters()])
-                self._note(name, losses[name])
-                weight = 0.0
+                active = losses[name].detach() != 0
+            self._active[name] = self._active[name] | active if name in self._active else active
             if not isinstance(weight, Tensor):
                 # Filled in on the device: copying a number there would make the host wait.
                 weight = torch.full_like(loss.detach(), weight)
@@ -172,19 +173,17 @@ class Distiller(nn.Module):
         self._steps_since_report = 0
         return silent
 
-    def _note(self, name: str, loss: Tensor) -> None:
-        active = loss.detach() != 0
-        previous = self._active.get(name)
-        self._active[name] = active if previous is None else previous | active
-
 
 def build_loss(
     term: Term, student_specs: NamedSpecs, teacher_specs: NamedSpecs, context: Collection[str]
 ) -> DistillLoss:
     """The loss of one term for the tapped shapes; for its errors see :class:`Distiller`."""
     where = f"term '{term.name}'"
-    student = _gather_specs(where, "student", [s for s, _ in term.taps], student_specs)
-    teacher = _gather_specs(where, "teacher", [t for _, t in term.taps], teacher_specs)
+    for s, t in term.taps:
+        check_known(f"student tap of {where}", s, student_specs)
+        check_known(f"teacher tap of {where}", t, teacher_specs)
+    student: list[TapSpec] = _gather([s for s, _ in term.taps], student_specs)
+    teacher: list[TapSpec] = _gather([t for _, t in term.taps], teacher_specs)
     if len(student) != len(teacher):
         fail(
             expected=f"{where} to tap as many student as teacher tensors",
@@ -208,12 +207,6 @@ def build_loss(
             remedy="add the missing key",
         )
     return loss_class(**given)
-
-
-def _gather_specs(where: str, side: str, names: Sequence[str], specs: NamedSpecs) -> list[TapSpec]:
-    for name in names:
-        check_known(f"{side} tap of {where}", name, specs)
-    return _gather(names, specs)
 
 
 def _gather(names: Sequence[str], values: Mapping[str, Any]) -> list[Any]:

@@ -86,11 +86,11 @@ class TapRecorder:
         modules = dict(self.model.named_modules())
         try:
             for name, tap in self.taps.items():
-                module = modules[tap.path]
+                module, hook = modules[tap.path], self._hook(name, tap)
                 if tap.at == "input":
-                    handles.append(module.register_forward_pre_hook(self._input_hook(name, tap)))
+                    handles.append(module.register_forward_pre_hook(hook))
                 else:
-                    handles.append(module.register_forward_hook(self._output_hook(name, tap)))
+                    handles.append(module.register_forward_hook(hook))
             yield self
         finally:
             for handle in handles:
@@ -132,24 +132,18 @@ class TapRecorder:
         values = [value for value, _ in captures]
         return values[0] if tap.calls == 1 else values
 
-    def _input_hook(self, name: str, tap: Tap) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._store(name, tap, _pick(name, tap, args, tap.select or 0))
+    def _hook(self, name: str, tap: Tap) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+            if tap.at == "input":
+                value = _pick(name, tap, args, tap.select or 0)
+            else:
+                value = output if tap.select is None else _pick(name, tap, output, tap.select)
+            if tap.clone:
+                value = _cloned(value)
+            versions = [(t, t._version) for t in _tensors(value) if not t.is_inference()]
+            self._captured.setdefault(name, []).append((value, versions))
 
         return hook
-
-    def _output_hook(self, name: str, tap: Tap) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            key = tap.select
-            self._store(name, tap, output if key is None else _pick(name, tap, output, key))
-
-        return hook
-
-    def _store(self, name: str, tap: Tap, value: Any) -> None:
-        if tap.clone:
-            value = _cloned(value)
-        versions = [(t, t._version) for t in _tensors(value) if not t.is_inference()]
-        self._captured.setdefault(name, []).append((value, versions))
 
 
 def _pick(name: str, tap: Tap, values: Any, key: str | int) -> Any:

@@ -52,7 +52,6 @@ def at_loss(student: Tensor, teacher: Tensor, p: float = 2, mode: Mode = "code")
     the teacher.
 
     Args:
-        student, teacher: the maps.
         p: see :func:`attention_map`.
         mode: ``"code"``: squared difference, averaged over samples and positions (the authors'
             code, RepDistiller, mdistiller; the published weight of 1000 belongs to it).

@@ -196,9 +196,6 @@ class FGFILoss(DistillLoss):
         normalizer: see :func:`imitation_loss`.
         relu: end the adaptor in a ReLU, as the single-level reference on VGG; FPN levels are
             signed and need False.
-
-    Raises:
-        KDError: strides that differ between the two sides, unknown choices.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("anchors", "gt_boxes")

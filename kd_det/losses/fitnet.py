@@ -55,9 +55,6 @@ class FitNetLoss(DistillLoss):
         relu: end the adaptor in a ReLU. True fits ResNet stages, which end in one; use False on
             FPN levels, which are signed.
         reduction: see :func:`hint_loss`.
-
-    Raises:
-        KDError: lists of different length, an unknown reduction, or sizes that cannot be bridged.
     """
 
     def __init__(

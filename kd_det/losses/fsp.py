@@ -61,7 +61,6 @@ def fsp_loss(
     gives an exact zero in the graph. No gradient flows into the teacher's maps.
 
     Args:
-        student_first, student_second, teacher_first, teacher_second: the maps.
         pool: see :func:`fsp_matrix`.
         reduction: ``"frobenius"`` sums over the matrix and averages samples (the paper);
             ``"mean"`` averages every element (RepDistiller), m * n times smaller.

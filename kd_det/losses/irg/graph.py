@@ -41,7 +41,6 @@ def edge_matrix(feature: Tensor, normalize: bool = True, detach_max: bool = True
     The result is ``[N, N]``, symmetric and zero on the diagonal.
 
     Args:
-        feature: a vector or map per node.
         normalize: divide by the matrix's own maximum, as the reference does (the paper's
             equations do not); a matrix of zeros stays one, with zero gradient.
         detach_max: hold that maximum constant in the backward pass, as the reference does.
@@ -116,7 +115,6 @@ def edge_loss(
     1 on both sides and the loss is 0.
 
     Args:
-        student, teacher: features of one layer.
         reduction: ``"caffe"`` divides the sum by 2N; ``"mean"`` averages over the N * N edges,
             which is ``2 / N`` times as large: at the published N = 64, a weight w for ``"caffe"``
             is 32 w for ``"mean"``.

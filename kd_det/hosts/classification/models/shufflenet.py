@@ -145,12 +145,14 @@ class CifarShuffleNetV2(ResidualNet):
     public_names = ((r"^linear\.", "fc."),)
 
     def __init__(self, num_classes: int, factor: float = 1.0, in_channels: int = 3) -> None:
-        def unit(before: int, width: int, stride: int) -> nn.Module:
-            return ShuffleUnit(width) if stride == 1 else DownUnit(before, width)
-
         check_known("width of ShuffleNet V2", f"x{factor:g}", [f"x{f:g}" for f in _V2_WIDTHS])
         *widths, last = _V2_WIDTHS[factor]
         layers = stem(in_channels, _STEM, 1)
-        layers |= residual_stages(unit, (_STEM, *widths), _BLOCKS, first_stride=2)
+        before = _STEM
+        for k, (width, count) in enumerate(zip(widths, _BLOCKS, strict=True), 1):
+            # Built before the first unit: the initial weights of a seed depend on the order.
+            rest = [ShuffleUnit(width) for _ in range(count - 1)]
+            layers[f"layer{k}"] = nn.Sequential(DownUnit(before, width), *rest)
+            before = width
         layers |= {"conv2": conv(widths[-1], last), "bn2": nn.BatchNorm2d(last), "relu2": nn.ReLU()}
         super().__init__(OrderedDict(layers | head(last, num_classes)))
