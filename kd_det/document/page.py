@@ -30,7 +30,8 @@ def _render(template: str, document: Document, **values: str) -> str:
         keep_trailing_newline=True,
         autoescape=lambda name: name is not None and ".html" in name,
     )
-    environment.filters |= {"cell": _markdown_cell, "md": _markdown}
+    environment.filters["md"] = _markdown
+    environment.filters["cell"] = lambda x: _markdown(x).replace("|", "\\|").replace("\n", " ")
     text = environment.get_template(template).render(
         document=document,
         marks=MARKS,
@@ -39,10 +40,6 @@ def _render(template: str, document: Document, **values: str) -> str:
         **values,
     )
     return re.sub(r"\s*\n\n\n+", "\n\n", re.sub(r"[ ]+\n", "\n", text))
-
-
-def _markdown_cell(text: str) -> str:
-    return _markdown(text).replace("|", "\\|").replace("\n", " ")
 
 
 def _markdown(text: str) -> str:

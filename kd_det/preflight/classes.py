@@ -34,17 +34,15 @@ def inspect_classes(section: Section, context: Context) -> None:
     own = students or [f"class {k}" for k in range(len(indices))]
     others = teachers or [f"class {k}" for k in range(bench.num_classes("teacher"))]
     counts = confusion(context.answers, _SURE) if context.answers else None
+    rows = []
+    for k, t in enumerate(indices):
+        names = (str(t), others[t]) if t >= 0 else ("-", "none")
+        rows.append((str(k), own[k], *names, *_predicted(counts, k, t, others)))
     section.table(
         "The teacher's class of each of the student's classes, and its predictions for objects of "
         f"{counted(len(context.answers), 'training image')}",
         ("", "student", "", "teacher", "objects found", "named rightly", "mostly as"),
-        [
-            (
-                *(str(k), own[k], str(t) if t >= 0 else "-", others[t] if t >= 0 else "none"),
-                *_predicted(counts, k, t, others),
-            )
-            for k, t in enumerate(indices)
-        ],
+        rows,
     )
     section.data["teacher_index"] = dict(zip(own, indices, strict=True))
     _judge_names(section, own, others, indices, teachers is not None and students is not None)

@@ -24,9 +24,7 @@ _LONG = 0.5  # seconds of a forward that is measured only once
 def inspect_cost(section: Section, context: Context) -> None:
     """Fill the section."""
     steps, cfg = context.steps, context.cfg
-    if steps is None:
-        section.note("no training step was taken")
-        return
+    assert steps is not None
     whole = cfg.SOLVER.IMS_PER_BATCH
     # The loader loads whole batches, however many of their images are then taken.
     factors = dict.fromkeys(_PARTS, whole / steps.images) | {"data": 1.0}
@@ -95,18 +93,13 @@ def _savings(section: Section, context: Context, seconds: Mapping[str, float]) -
         return
     if context.bench.cfg.SOLVER.AMP.ENABLED:
         section.note("the teacher runs in half precision already: SOLVER.AMP.ENABLED")
-    elif ratio < 1:
+        return
+    saving = f"nothing: it takes {ratio:.1f} times as long on this device"
+    if ratio < 1:
         halved = {**seconds, "teacher": seconds["teacher"] * ratio}
         saved = iteration - iteration_seconds(halved, workers)
-        section.note(
-            f"a teacher in {dtype} would save {saved:.3f} seconds ({saved / iteration:.0%} of an "
-            "iteration)"
-        )
-    else:
-        section.note(
-            f"a teacher in {dtype} would save nothing: it takes {ratio:.1f} times as long on this "
-            "device"
-        )
+        saving = f"{saved:.3f} seconds ({saved / iteration:.0%} of an iteration)"
+    section.note(f"a teacher in {dtype} would save {saving}")
 
 
 def _half_precision(context: Context) -> tuple[float | None, str]:

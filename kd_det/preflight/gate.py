@@ -92,7 +92,11 @@ def require(cfg: CfgNode) -> None:
 
 
 def prepare_folder(output: Path) -> None:
-    """Make the folder of the report; refused if it has no place for it or holds anything else."""
+    """Make the folder of the report, so that a mistake shows before the run is built.
+
+    Raises:
+        KDError: it cannot be written to, or holds something else than an earlier report.
+    """
     writable_folder(output)
     others = sorted(path.name for path in output.iterdir() if path.name not in FILES)
     if others:

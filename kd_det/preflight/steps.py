@@ -1,7 +1,4 @@
-"""Measurements of a few training steps: values, gradients, shapes and times.
-
-No weight changes.
-"""
+"""Measurements of a few training steps that change no weight: values, gradients, shapes, times."""
 
 from __future__ import annotations
 

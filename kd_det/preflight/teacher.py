@@ -173,11 +173,8 @@ def _report_better(section: Section, context: Context, better: inputs.Better) ->
         wrong = ["INPUT.FORMAT"] if has_format and own.order != better.pixels.order else []
         wrong += [] if only_order else ["MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"]
         remedy = f"correct {', '.join(wrong)} in {bench.cfg.KD.TEACHER.CONFIG_FILE}"
-    section.data["better_input"] = {
-        "what": better.what,
-        "configured": better.own,
-        "other": better.other,
-    }
+    confidence = {"configured": better.own, "other": better.other}
+    section.data["better_input"] = {"what": better.what, **confidence}
     (section.error if better.clear else section.warn)(
         "the teacher's weights were not trained on the pixels it gets. Its mean confidence in the "
         f"true class of an object is {better.own:.2f} as configured ({inputs.describe(own)}) and "
@@ -206,15 +203,11 @@ def _evaluate(section: Section, context: Context, each: float) -> list[tuple[str
     section.data["score"] = {"name": name, "images": number, **scores}
     images = counted(number, "validation image")
     teacher = scores["teacher"]
+    measured = f"the teacher's {name} on {images} is {teacher:.1f}"
     if floor and not teacher >= floor:
-        section.error(
-            f"the teacher's {name} on {images} is {teacher:.1f}, below KD.TEACHER.MIN_AP {floor:g}"
-        )
+        section.error(f"{measured}, below KD.TEACHER.MIN_AP {floor:g}")
     elif bench.cfg.KD.TEACHER.WEIGHTS and not teacher >= _POOR:
-        section.warn(
-            f"the teacher's {name} on {images} is {teacher:.1f}: it is not better than an "
-            "untrained model"
-        )
+        section.warn(f"{measured}: it is not better than an untrained model")
     if bench.cfg.KD.TEACHER.WEIGHTS and scores["student"] > teacher:
         section.warn(
             f"the student starts with {name} {scores['student']:.1f}, better than its teacher "

@@ -64,13 +64,10 @@ class Group:
 
 @dataclass
 class Study:
-    """All groups that are compared.
+    """All groups that are compared, and the damages that were found so far.
 
-    Attributes:
-        groups: the distilled runs, in the order of the command line.
-        baseline: the student alone; None if nothing of it could be read.
-        teacher: None likewise, or where none was named.
-        problems: damages that were found so far.
+    ``groups`` are the distilled runs in the order of the command line, ``baseline`` is the student
+    alone; it and the teacher are None where nothing of them could be read.
     """
 
     groups: list[Group] = field(default_factory=list)

@@ -79,8 +79,7 @@ def panels(
     Args:
         groups: whose curves are drawn where they have them.
         names: the curves, as :meth:`kd_det.report.runs.Run.tagged` names them.
-        name: of the file.
-        text: description of the picture.
+        name: of the file; ``text`` describes it.
         smooth: average neighbouring points of long curves.
         stage: folder name of an earlier stage, whose curves are drawn; by default the last.
 

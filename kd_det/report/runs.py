@@ -92,8 +92,7 @@ class Run:
     def predictions(self) -> Path | None:
         """Saved detections of the first test set.
 
-        With several, Detectron2 alone leaves those of the last one in ``inference``; kd_det gives
-        every set a folder of its name.
+        Of several sets, Detectron2 alone leaves those of the last; kd_det has a folder for each.
         """
         if len(self.test_sets) > 1:
             return self.file(Path(INFERENCE) / self.test_sets[0] / Path(DETECTIONS).name)
@@ -223,12 +222,9 @@ def percentages(results: Any, test: Sequence[str] = ()) -> dict[str, float]:
     if isinstance(results, Mapping) and test and test[0] in results:
         results = results[test[0]]
     values = dict(flatten(results)) if isinstance(results, Mapping) else {}
-    numbers = {k: float(v) for k, v in values.items() if isinstance(v, (int, float))}
-    return {
-        name.replace(".", "/", 1): value
-        for name, value in numbers.items()
-        if name.split(".")[0] in MAIN and not math.isnan(value)
-    }
+    scores = {k: v for k, v in values.items() if k.split(".")[0] in MAIN}
+    numbers = {k: float(v) for k, v in scores.items() if isinstance(v, (int, float))}
+    return {k.replace(".", "/", 1): v for k, v in numbers.items() if not math.isnan(v)}
 
 
 def _read_results(run: Run) -> None:

@@ -68,10 +68,7 @@ def score(run: Run, truths: Truths) -> None:
 
 
 def truth_of(run: Run, truths: Truths) -> Truth:
-    """The first data set of a run's ``DATASETS.TEST``, read once for all runs.
-
-    Raises:
-        KDError: a name without a known place, or no readable json there.
+    """The first data set of a run's ``DATASETS.TEST``; :func:`find_truth` reads it once for all runs.
     """
     name = run.test_sets[0] if run.test_sets else ""
     key = " ".join(run.data)

@@ -75,7 +75,7 @@ def curves(study: Study) -> list[Block]:
     blocks: list[Block] = []
     for title, names, note, stage in drawings:
         name = f"curves_{stage or title.lower().replace(' ', '_')}"
-        smooth = names is not _VALIDATION
+        smooth = names is not _VALIDATION  # evaluations are few
         text = f"{title} over iterations"
         picture = panels(study.everything, names, name, text, smooth, stage)
         if picture is not None:

@@ -73,11 +73,12 @@ class TunedConfig:
                         received="False",
                         remedy="tune another config, or add KD.ENABLED True",
                     )
-            for value in space.examples:
+            for value in space.values or (space.low, space.high):
                 self.load({key: value})
 
     def metric(self, metric: str = "") -> str:
-        """The given metric or the main one of the host; others than the host's are refused."""
+        """The given metric, by default the main one of the host; refused if it has no such group.
+        """
         default, groups = _METRICS[base.read_host(self.config_file)]
         group, _, name = (metric or default).partition("/")
         if group not in groups or not name:
@@ -89,7 +90,7 @@ class TunedConfig:
         return metric or default
 
     def seeds(self, seeds: Sequence[int] = ()) -> list[int]:
-        """The seeds given or those of the config; negative and repeated ones are refused."""
+        """The given seeds, by default the config's; negative and repeated ones are refused."""
         if not seeds:
             cfg = self.load()
             seeds = list(cfg.SEEDS) or [cfg.SEED if cfg.SEED >= 0 else 1]

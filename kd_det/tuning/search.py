@@ -93,7 +93,7 @@ def greedy_search(
         output: the folder of this search.
         seeds: a value's score is the mean over them.
         settings: ``(best values so far) -> all that a score depends on``, as JSON.
-        progress: receives every run.
+        progress: receives the beginning of each key and the end of each run.
         after_key: called with the sweeps so far after every key.
         jobs: values that are trained at a time.
 

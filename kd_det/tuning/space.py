@@ -29,11 +29,6 @@ class Space:
     sampler: str = "grid"
     values: tuple[float, ...] = ()
 
-    @property
-    def examples(self) -> tuple[float, ...]:
-        """Values with which a config can be checked in advance."""
-        return self.values or (self.low, self.high)
-
     def make_sampler(self, seed: int) -> BaseSampler:
         """Optuna's sampler; unused by a grid, whose values are queued."""
         if self.sampler == "tpe":
@@ -55,8 +50,7 @@ def make_space(
 
     Args:
         values: try exactly these.
-        low: smallest value of a range.
-        high: largest value of a range.
+        low: smallest value of a range; ``high`` the largest.
         log: space a range evenly in the logarithm.
         trials: number of values from a range.
         sampler: ``"grid"`` (evenly spaced), ``"tpe"`` or ``"random"``. Default: grid for values,
