@@ -68,8 +68,7 @@ def score(run: Run, truths: Truths) -> None:
 
 
 def truth_of(run: Run, truths: Truths) -> Truth:
-    """The first data set of a run's ``DATASETS.TEST``; :func:`find_truth` reads it once for all runs.
-    """
+    """The first data set of a run's ``DATASETS.TEST``, which is read once for all runs."""
     name = run.test_sets[0] if run.test_sets else ""
     key = " ".join(run.data)
     if key not in truths:

@@ -77,8 +77,7 @@ class TunedConfig:
                 self.load({key: value})
 
     def metric(self, metric: str = "") -> str:
-        """The given metric, by default the main one of the host; refused if it has no such group.
-        """
+        """The given metric, by default the host's main one; refused if it has no such group."""
         default, groups = _METRICS[base.read_host(self.config_file)]
         group, _, name = (metric or default).partition("/")
         if group not in groups or not name:
