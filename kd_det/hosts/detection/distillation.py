@@ -1,8 +1,7 @@
 """The training branch of a distilled detector, the same on every detection host.
 
-The stock forward runs unchanged under hooks, the teacher runs on the same pixels, and the weighted
-terms join the student's own losses. The teacher's proposal network and its RoI heads as a whole
-never run: they would choose other boxes, and logits of different boxes cannot be compared.
+The teacher's proposal network and its RoI heads as a whole never run: they would choose other
+boxes, and logits of different boxes cannot be compared.
 """
 
 from __future__ import annotations
@@ -13,8 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from kd_det.balance import build_balance
 from kd_det.core.balance import Balance
 from kd_det.core.class_map import ClassMap, mapped_specs
 from kd_det.core.distiller import Distiller
@@ -27,6 +28,7 @@ from kd_det.core.terms import Term, check_heads
 from kd_det.hosts.detection.family import IMAGES, Family, crop_to_cells
 from kd_det.hosts.detection.heads import Call, Detector, Step, recorded_calls
 from kd_det.hosts.detection.terms import check_detection_terms, check_pairs, refuse_name
+from kd_det.procedures.base import reads_uncertainties
 
 CONTEXT = ("anchors", "gt_boxes")
 
@@ -36,9 +38,6 @@ class DistillationPlan:
     """What a distilled detector learns from its teacher.
 
     Attributes:
-        teacher: the frozen teacher.
-        terms: the losses.
-        report_period: see :class:`kd_det.Distiller`.
         task_weight: multiplies the student's own losses in training. 1 leaves them untouched; 0
             trains with the terms alone, and parameters that no term reaches get a zero gradient.
         values: in every training step, also leave in the model's ``image_values`` how uncertain
@@ -46,7 +45,6 @@ class DistillationPlan:
         class_map: how the teacher's logits become those of the student's classes; None if they
             are already.
         balance: adapts the weights of the terms; gradients are compared on the student's backbone.
-            See :mod:`kd_det.balance`.
 
     Raises:
         KDError: the task weight is negative or not finite.
@@ -69,13 +67,21 @@ class DistillationPlan:
             )
 
 
+def plan_options(cfg: CfgNode, terms: Sequence[Term]) -> dict[str, Any]:
+    """The options of :class:`DistillationPlan` that depend on nothing but a config."""
+    return {
+        "report_period": cfg.KD.REPORT_PERIOD,
+        "task_weight": cfg.KD.TASK_WEIGHT,
+        "values": reads_uncertainties(cfg),
+        "balance": build_balance(cfg, terms),
+    }
+
+
 class DistillationBranch(nn.Module):
     """What makes a module around, or below, a stock detector a distilled one.
 
     Attributes:
-        family: the detectors of the host.
         distiller: the losses; None in a plain student.
-        class_map: see :class:`DistillationPlan`.
         image_values: after a training step with ``DistillationPlan.values``, how uncertain the
             student is about each image, ``[N]`` in 0..1.
     """
@@ -157,9 +163,7 @@ class DistillationBranch(nn.Module):
     ) -> dict[str, Tensor]:
         """The student's own losses, multiplied by the task weight, and one for each term.
 
-        Args:
-            forward: the stock forward of the student in training.
-            batch: what it is called with.
+        ``forward`` is the stock forward of the student in training, on ``batch``.
 
         Raises:
             KDError: a term has the name of one of the student's losses.

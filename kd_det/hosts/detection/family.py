@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from kd_det.bench.looks import evaluating
 from kd_det.core.errors import fail, nearest
@@ -25,7 +26,6 @@ class Family(ABC):
     """The detectors of one host.
 
     Attributes:
-        heads: all heads that distillation knows; a model has some of them.
         task_losses: names that no term may have, as far as they are known beforehand.
     """
 
@@ -133,13 +133,20 @@ def map_spec(name: str, value: Any) -> TapSpec:
     return TapSpec(value.shape[1], stride=math.ceil(PROBE_SIZE / value.shape[-1]))
 
 
-def crop_to_cells(value: Tensor, padded: Sequence[int], stride: int) -> Tensor:
-    """Cut what only the teacher's padding added to a map; both sides begin at the same pixel.
+def padded_to_divisor(pixels: Tensor, student: Tensor, divisor: int) -> Tensor:
+    """A batch padded to at least the student's padded size, and to a multiple of ``divisor``.
 
-    Args:
-        value: ``[..., H, W]``.
-        padded: height and width of the student's padded batch, in pixels.
-        stride: of the map.
+    Every cell of the student then has a cell of the teacher.
+    """
+    sides = zip(student.shape[-2:], pixels.shape[-2:], strict=True)
+    below, right = (max(math.ceil(own / divisor) * divisor - side, 0) for own, side in sides)
+    return F.pad(pixels, (0, right, 0, below)) if below or right else pixels
+
+
+def crop_to_cells(value: Tensor, padded: Sequence[int], stride: int) -> Tensor:
+    """Cut off a map ``[..., H, W]`` what lies outside the student's padded batch, in pixels.
+
+    Both sides begin at the same pixel; only the teacher's padding is cut off.
     """
     height, width = (math.ceil(side / stride) for side in padded)
     return value[..., :height, :width]

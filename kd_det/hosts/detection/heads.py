@@ -57,11 +57,10 @@ class TapTable:
     """What one detector offers.
 
     Attributes:
-        model: the stock detector.
-        taps: where maps of its backbone are recorded, by tap name.
-        specs: of these maps and of the taps of its heads.
+        taps: where maps of the backbone are recorded, by tap name.
+        specs: of these maps and of the taps of the heads.
         levels: tap names of the maps that anchors are on, in the anchor generator's order.
-        heads: the taps of its heads, as its options make them.
+        heads: the taps of the heads, as the options of the model make them.
     """
 
     model: Detector
@@ -77,7 +76,6 @@ class Call:
 
     Attributes:
         path: of the module that has the method; empty for the model itself.
-        method: its name.
         argument: position of the argument to keep; None keeps the result.
     """
 
@@ -94,8 +92,6 @@ class Step:
         student: the stock student; None in a pre-stage, where the teacher is alone.
         recorded: what the student's forward left, by the names of :meth:`Head.places` and of the
             family. A head may store here what it computes for both sides.
-        batch: what the student was called with.
-        levels: see :class:`TapTable`.
         teacher: for the teacher's values, the stock teacher in eval mode and without gradients.
         features: the output of its backbone, of the whole padded batch.
         pixels: the input of its backbone, ``[N, 3, H, W]``.
@@ -136,11 +132,7 @@ class Head(ABC):
         """The specs of the teacher's values, aligned with this student.
 
         Rows, class counts and the activation of a loss are compared for every head already.
-
-        Args:
-            student: what the student offers.
-            teacher: what the teacher offers.
-            wanted: the taps of this head that terms use.
+        ``wanted`` are the taps of this head that terms use.
 
         Raises:
             KDError: the values of the wanted taps do not correspond.
@@ -204,13 +196,7 @@ def _recording(name: str, call: Call, owner: nn.Module, captures: dict[str, Any]
 def check_anchors(
     student: TapTable, teacher: TapTable, per_cell: Callable[[Detector], Sequence[int]]
 ) -> None:
-    """Refuse dense heads whose rows do not correspond one to one.
-
-    Args:
-        student: what the student offers.
-        teacher: what the teacher offers.
-        per_cell: a detector's anchors per cell of each level.
-    """
+    """Refuse dense heads whose rows do not correspond; ``per_cell``: anchors of each level."""
     layouts = [dict(zip(t.levels, per_cell(t.model), strict=True)) for t in (student, teacher)]
     if layouts[0] != layouts[1]:
         fail(
@@ -223,8 +209,8 @@ def check_anchors(
 def own_channel(masks: Tensor, classes: Tensor) -> Tensor:
     """``[R, K, M, M] -> [R, M, M]``: of every row the channel of its class.
 
-    The other channels are not trained and hold noise. A class-agnostic head has one channel.
+    The other channels are not trained and hold noise.
     """
-    if masks.shape[1] == 1:
+    if masks.shape[1] == 1:  # a class-agnostic head
         return masks[:, 0]
     return masks[torch.arange(len(classes), device=masks.device), classes]

@@ -49,12 +49,9 @@ def refuse_name(names: str) -> None:
 
 
 def check_pairs(terms: Sequence[Term], student: TapTable, teacher: TapTable) -> None:
-    """Refuse pairs of taps whose comparison would mean nothing.
+    """Refuse pairs of known taps whose comparison would mean nothing.
 
-    Args:
-        terms: their taps are known on both sides.
-        student: what the student offers.
-        teacher: what the teacher offers, with specs in the student's classes.
+    The specs of ``teacher`` are those in the student's classes.
 
     Raises:
         KDError: a loss over anchors on another map, logits of classes beside something else, or
@@ -81,11 +78,10 @@ def check_pairs(terms: Sequence[Term], student: TapTable, teacher: TapTable) -> 
 def _check_classes(
     term: str, tap: str, heads: Sequence[HeadTap], specs: Sequence[TapSpec | list[TapSpec]]
 ) -> None:
-    firsts = [spec[0] if isinstance(spec, list) else spec for spec in specs]
-    counts = [
-        spec.channels - (head.background is not None)
-        for spec, head in zip(firsts, heads, strict=True)
-    ]
+    counts = []
+    for spec, head in zip(specs, heads, strict=True):
+        first = spec[0] if isinstance(spec, list) else spec
+        counts.append(first.channels - (head.background is not None))
     if counts[0] != counts[1]:
         fail(
             expected=f"student and teacher of term '{term}' ({tap}) to have the same classes",
@@ -102,8 +98,9 @@ def _check_classes(
 
 def _check_rows(term: Term, family: Family) -> None:
     """Only rows of one kind correspond."""
-    rows = [(family.rows(s), family.rows(t)) for s, t in term.taps]
-    for (s, t), (own, other) in zip(term.taps, rows, strict=True):
+    rows = {s: family.rows(s) for s, _ in term.taps}
+    for s, t in term.taps:
+        own, other = rows[s], family.rows(t)
         if own != other:
             fail(
                 expected=f"term '{term.name}' to compare {own} with {own}",
@@ -112,9 +109,9 @@ def _check_rows(term: Term, family: Family) -> None:
             )
     # Losses over a graph relate the rows of all their taps.
     arguments = inspect.signature(LOSSES.get(term.loss).__init__).parameters
-    if "gather" in arguments and len(set(rows)) > 1:
+    if "gather" in arguments and len(set(rows.values())) > 1:
         fail(
             expected=f"all taps of term '{term.name}' ({term.loss}) to have the same nodes",
-            received=", ".join(f"{s}: {family.rows(s)}" for s, _ in term.taps),
+            received=", ".join(f"{s}: {own}" for s, own in rows.items()),
             remedy=f"tap maps only, or only {', '.join(family.with_rows('RoIs'))}",
         )

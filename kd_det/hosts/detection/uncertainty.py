@@ -31,7 +31,6 @@ def roi_values(
             classes. All stages count alike.
         counts: per cascade stage, the number of RoIs of each image.
         sigmoid: whether classes are independent. Their entropies are summed.
-        mean_first: see the module.
 
     Returns:
         ``[N]`` in 0..1, without a gradient; 0 for an image without RoIs.
@@ -57,7 +56,6 @@ def anchor_values(
         background: ``[N, A]``; an anchor that is neither is ignored.
         negatives: how many background anchors of each image join the positive ones: those with
             the highest score, which are about to become false detections.
-        mean_first: see the module.
 
     Returns:
         ``[N]`` in 0..1, without a gradient; 0 for an image without any such anchor.

@@ -1,11 +1,8 @@
 """Backbones that the papers use, or that small data needs, and Detectron2 lacks.
 
-Shape legend: ``N`` images, ``C`` channels, ``H, W`` input height and width. A level named ``m3``,
-``res3`` or ``p3`` has stride ``2 ** 3``.
-
-* :class:`MobileNetV2`, whose layers are torchvision's own blocks, alone or under Detectron2's FPN.
-* A residual network of free width and depth under Detectron2's FPN: the stock builder requires
-  64 channels for basic blocks, which is too wide to train on a CPU.
+A level named ``m3``, ``res3`` or ``p3`` has stride ``2 ** 3``. The residual network of free width
+and depth exists because the stock builder requires 64 channels for basic blocks, which is too wide
+to train on a CPU.
 """
 
 from __future__ import annotations
@@ -34,8 +31,6 @@ MOBILENETV2_STAGES: dict[str, tuple[int, int]] = {
     "m4": (7, 14),
     "m5": (14, 18),
 }
-
-TOP_BLOCKS = ("maxpool", "p6p7", "none")
 
 
 def add_backbone_config(cfg: CfgNode) -> None:
@@ -81,27 +76,24 @@ class MobileNetV2(Backbone):
         freeze_at: int = 0,
     ) -> None:
         super().__init__()
-        _check_names("MODEL.MOBILENETV2.OUT_FEATURES", out_features, list(MOBILENETV2_STAGES))
+        known = list(MOBILENETV2_STAGES)
+        _check_names("MODEL.MOBILENETV2.OUT_FEATURES", out_features, known)
         if not norm:
             fail(
                 expected="MODEL.MOBILENETV2.NORM to name a norm",
                 received="''",
                 remedy="use FrozenBN, BN or SyncBN",
             )
-        features = mobilenet_v2(
-            weights=None, width_mult=width_mult, norm_layer=partial(get_norm, norm)
-        ).features
-        deepest = max(out_features, key=list(MOBILENETV2_STAGES).index)
-        self.stage_names: list[str] = []
+        norm_layer = partial(get_norm, norm)
+        features = mobilenet_v2(width_mult=width_mult, norm_layer=norm_layer).features
+        self.stage_names = known[: max(map(known.index, out_features)) + 1]
         self._out_feature_strides: dict[str, int] = {}
         self._out_feature_channels: dict[str, int] = {}
-        for exponent, (name, (start, stop)) in enumerate(MOBILENETV2_STAGES.items(), start=1):
+        for exponent, name in enumerate(self.stage_names, start=1):
+            start, stop = MOBILENETV2_STAGES[name]
             self.add_module(name, nn.Sequential(*features[start:stop]))
-            self.stage_names.append(name)
             self._out_feature_strides[name] = 2**exponent
             self._out_feature_channels[name] = features[stop - 1].out_channels
-            if name == deepest:
-                break
         self._out_features = [name for name in self.stage_names if name in out_features]
         self.freeze(freeze_at)
 
@@ -154,43 +146,26 @@ def build_basic_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN
     stages, in_channels = [], node.WIDTH
     for k, num_blocks in enumerate(node.BLOCKS):
         out_channels = node.WIDTH * 2**k
-        stages.append(
-            ResNet.make_stage(
-                BasicBlock,
-                num_blocks,
-                in_channels=in_channels,
-                out_channels=out_channels,
-                # The stem already has stride 4, hence so has res2.
-                stride_per_block=[1 if k == 0 else 2] + [1] * (num_blocks - 1),
-                norm=node.NORM,
-            )
-        )
+        # The stem already has stride 4, hence so has res2.
+        strides = [1 if k == 0 else 2] + [1] * (num_blocks - 1)
+        shape = {"in_channels": in_channels, "out_channels": out_channels, "norm": node.NORM}
+        stages.append(ResNet.make_stage(BasicBlock, num_blocks, stride_per_block=strides, **shape))
         in_channels = out_channels
-    bottom_up = ResNet(
-        stem,
-        stages,
-        out_features=list(cfg.MODEL.FPN.IN_FEATURES),
-        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-    )
+    names, frozen = list(cfg.MODEL.FPN.IN_FEATURES), cfg.MODEL.BACKBONE.FREEZE_AT
+    bottom_up = ResNet(stem, stages, out_features=names, freeze_at=frozen)
     return _build_fpn(cfg, bottom_up, node.TOP_BLOCK)
 
 
 def _build_mobilenetv2(cfg: CfgNode, input_shape: ShapeSpec) -> MobileNetV2:
-    """Build the bottom-up network that ``cfg.MODEL.MOBILENETV2`` describes."""
     if input_shape.channels != 3:
         fail(
             expected="3 input channels for MobileNetV2",
             received=str(input_shape.channels),
             remedy="give MODEL.PIXEL_MEAN and PIXEL_STD three values",
         )
-    node = cfg.MODEL.MOBILENETV2
+    node, frozen = cfg.MODEL.MOBILENETV2, cfg.MODEL.BACKBONE.FREEZE_AT
     _check_names("MODEL.FPN.IN_FEATURES", cfg.MODEL.FPN.IN_FEATURES, node.OUT_FEATURES)
-    return MobileNetV2(
-        out_features=node.OUT_FEATURES,
-        width_mult=node.WIDTH_MULT,
-        norm=node.NORM,
-        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-    )
+    return MobileNetV2(node.OUT_FEATURES, node.WIDTH_MULT, node.NORM, frozen)
 
 
 def _build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: str) -> FPN:
@@ -199,27 +174,21 @@ def _build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: str) -> FPN:
     The stock builders put the top block on level 5 by name. Here it follows the last level, so that
     a pyramid may end at stride 16.
     """
-    check_choice("MODEL.BASIC_RESNET.TOP_BLOCK", top_block, TOP_BLOCKS)
-    last = cfg.MODEL.FPN.IN_FEATURES[-1]
+    check_choice("MODEL.BASIC_RESNET.TOP_BLOCK", top_block, ("maxpool", "p6p7", "none"))
+    pyramid = cfg.MODEL.FPN
+    last = pyramid.IN_FEATURES[-1]
     shape = bottom_up.output_shape()[last]
     block: nn.Module | None = None
     if top_block == "maxpool":
         block = LastLevelMaxPool()
         block.in_feature = f"p{int(math.log2(shape.stride))}"
     elif top_block == "p6p7":
-        block = LastLevelP6P7(shape.channels, cfg.MODEL.FPN.OUT_CHANNELS, in_feature=last)
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=block,
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+        block = LastLevelP6P7(shape.channels, pyramid.OUT_CHANNELS, in_feature=last)
+    names, width = pyramid.IN_FEATURES, pyramid.OUT_CHANNELS
+    return FPN(bottom_up, names, width, pyramid.NORM, block, pyramid.FUSE_TYPE)
 
 
 def _check_names(key: str, names: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse feature names that the network does not have, naming those it has."""
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         fail(

@@ -27,8 +27,7 @@ def load_config(config: str | ConfigFile, opts: Sequence[str] = ()) -> CfgNode:
     The data sets of ``DATASETS.COCO_JSON`` are registered.
 
     Raises:
-        KDError: see :func:`kd_det.run.config.merge_config` and
-            :func:`kd_det.hosts.detectron2.datasets.register_datasets`.
+        KDError: a file, key or data set that does not exist.
     """
     cfg = merge_config(get_cfg(), config, opts)
     register_datasets(cfg)
@@ -40,11 +39,7 @@ def add_kd_config(cfg: CfgNode) -> None:
     """Add ``KD``, ``HOST``, ``DATASETS.COCO_JSON`` and the keys of our backbones, in place."""
     kd_det.run.config.add_kd_config(cfg)
     add_backbone_config(cfg)
-    _add_fcos_config(cfg)
-
-
-def _add_fcos_config(cfg: CfgNode) -> None:
-    """Detectron2 describes its FCOS in Python only; these are that class's own defaults."""
+    # Detectron2 describes its FCOS in Python only; these are that class's own defaults.
     cfg.MODEL.FCOS = CfgNode()
     cfg.MODEL.FCOS.NUM_CLASSES = 80  # foreground classes
     cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]  # levels of the pyramid

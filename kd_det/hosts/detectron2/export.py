@@ -13,28 +13,13 @@ STOCK_NAMES = {"DistilledRCNN": "GeneralizedRCNN", "DistilledRetinaNet": "Retina
 
 
 def export_student(cfg: CfgNode, weights: str | Path, output: str | Path) -> tuple[Path, Path]:
-    """:func:`kd_det.core.checkpoint.export_student` for a run of this host.
-
-    Args:
-        cfg: the config of the distillation run.
-        weights: its checkpoint.
-        output: a folder; its two files must not exist yet.
-
-    Returns:
-        Paths of the weights and the config.
-
-    Raises:
-        KDError: the checkpoint does not hold this student, or the files exist.
-    """
+    """Write the stock model of a run with ``cfg``; see :mod:`kd_det.core.checkpoint`."""
     stock = stock_config(cfg)
-    return checkpoint.export_student(
-        build_model(_on_cpu(stock)),
-        weights,
-        stock.dump(),
-        output,
-        wrap=True,
-        optional_parts=("pixel_mean", "pixel_std"),
-    )
+    text = stock.dump()
+    stock.defrost()
+    stock.MODEL.DEVICE = "cpu"
+    model, optional = build_model(stock), ("pixel_mean", "pixel_std")
+    return checkpoint.export_student(model, weights, text, output, True, optional)
 
 
 def stock_config(cfg: CfgNode) -> CfgNode:
@@ -47,27 +32,18 @@ def stock_config(cfg: CfgNode) -> CfgNode:
     """
     stock = cfg.clone()
     stock.defrost()
-    if stock.MODEL.META_ARCHITECTURE == "DistilledFCOS":
+    name = stock.MODEL.META_ARCHITECTURE
+    if name == "DistilledFCOS":
         stock.KD = type(cfg)({"ENABLED": False})
     else:
-        stock.MODEL.META_ARCHITECTURE = STOCK_NAMES.get(
-            stock.MODEL.META_ARCHITECTURE, stock.MODEL.META_ARCHITECTURE
-        )
+        stock.MODEL.META_ARCHITECTURE = STOCK_NAMES.get(name, name)
         del stock["KD"]
         del stock.MODEL["FCOS"]
-        if "mobilenetv2" not in stock.MODEL.BACKBONE.NAME:
-            del stock.MODEL["MOBILENETV2"]
-        if "basic_resnet" not in stock.MODEL.BACKBONE.NAME:
-            del stock.MODEL["BASIC_RESNET"]
+        for backbone in ("MOBILENETV2", "BASIC_RESNET"):
+            if backbone.lower() not in stock.MODEL.BACKBONE.NAME:
+                del stock.MODEL[backbone]
     for key in ("HOST", "STAGES", "SEEDS", "PREFLIGHT", "LOGGERS"):
         del stock[key]
     del stock.DATASETS["COCO_JSON"]
     stock.freeze()
     return stock
-
-
-def _on_cpu(cfg: CfgNode) -> CfgNode:
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
-    return cfg

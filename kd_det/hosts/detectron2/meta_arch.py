@@ -7,27 +7,32 @@ optimiser nor DDP). Inference and every stock key are untouched.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
+from detectron2.modeling import (
+    META_ARCH_REGISTRY,
+    GeneralizedRCNN,
+    RetinaNet,
+    build_backbone,
+)
+from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from torch import Tensor
-from torch.nn import functional as F
 
-from kd_det.balance import build_balance
 from kd_det.core.errors import fail
 from kd_det.hosts.base import Teacher
-from kd_det.hosts.detection.distillation import DistillationBranch, DistillationPlan
-from kd_det.hosts.detection.family import IMAGES
+from kd_det.hosts.detection.distillation import (
+    DistillationBranch,
+    DistillationPlan,
+    plan_options,
+)
+from kd_det.hosts.detection.family import IMAGES, padded_to_divisor
 from kd_det.hosts.detection.heads import Detector
 from kd_det.hosts.detectron2.classes import build_class_map
 from kd_det.hosts.detectron2.family import FAMILY
-from kd_det.hosts.detectron2.fcos import ConfigurableFCOS
 from kd_det.hosts.detectron2.teacher import build_teacher
-from kd_det.procedures.base import reads_uncertainties
 from kd_det.run.config import read_terms
 
 
@@ -37,7 +42,7 @@ class Distillation(DistillationPlan):
 
     Attributes:
         input_format: channel order of the student's images (``INPUT.FORMAT``).
-        teacher_cfg: the teacher's own config; None where its images have the student's order.
+        teacher_cfg: None where the teacher's images have the student's order.
 
     Raises:
         KDError: orders that cannot be converted into each other without loss.
@@ -63,28 +68,15 @@ class Distillation(DistillationPlan):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Distillation | None:
-        """What ``cfg.KD`` describes; None if it is disabled.
-
-        Raises:
-            KDError: no terms, or anything :func:`read_terms`, :func:`build_class_map` and
-                :func:`build_teacher` refuse.
-        """
+        """What ``cfg.KD`` describes; None if it is disabled."""
         if not cfg.KD.ENABLED:
             return None
         terms = read_terms(cfg)
         class_map = build_class_map(cfg)
         teacher = build_teacher(cfg)
-        return cls(
-            teacher.frozen,
-            terms,
-            cfg.KD.REPORT_PERIOD,
-            cfg.KD.TASK_WEIGHT,
-            reads_uncertainties(cfg),
-            class_map,
-            build_balance(cfg, terms),
-            cfg.INPUT.FORMAT,
-            teacher.cfg,
-        )
+        own = {"input_format": cfg.INPUT.FORMAT, "teacher_cfg": teacher.cfg}
+        options = plan_options(cfg, terms)
+        return cls(teacher.frozen, terms, class_map=class_map, **options, **own)
 
 
 class DistillMixin(DistillationBranch):
@@ -94,12 +86,7 @@ class DistillMixin(DistillationBranch):
 
     @configurable
     def __init__(self, *, distillation: Distillation | None = None, **kwargs: Any) -> None:
-        """Build the stock model, then what distils it.
-
-        Args:
-            distillation: None for the plain student.
-            **kwargs: arguments of the stock meta-architecture.
-        """
+        """Build the stock model, then what distils it; None for the plain student."""
         super().__init__(**kwargs)
         self.teacher: Teacher | None = None
         if distillation is not None:
@@ -123,17 +110,11 @@ class DistillMixin(DistillationBranch):
     def teacher_pixels(self, teacher: Detector, batch: Any, recorded: dict[str, Any]) -> Tensor:
         """The batch as the teacher's own config wants it.
 
-        Channels are reordered *before* the teacher's mean and standard deviation are applied, then
-        the batch is padded to the teacher's divisor and to at least the student's padded size, so
-        that every student cell has a teacher cell.
+        Channels are reordered *before* the teacher's mean and standard deviation are applied.
         """
-        tensor = teacher.preprocess_image(reordered(batch, self._flip_channels)).tensor
+        pixels = teacher.preprocess_image(reordered(batch, self._flip_channels)).tensor
         divisor = max(teacher.backbone.size_divisibility, 1)
-        extra = [
-            max(math.ceil(want / divisor) * divisor - have, 0)
-            for want, have in zip(recorded[IMAGES].shape[-2:], tensor.shape[-2:], strict=True)
-        ]
-        return F.pad(tensor, (0, extra[1], 0, extra[0])) if any(extra) else tensor
+        return padded_to_divisor(pixels, recorded[IMAGES], divisor)
 
 
 def reordered(
@@ -151,6 +132,39 @@ class DistilledRCNN(DistillMixin, GeneralizedRCNN):
 @META_ARCH_REGISTRY.register()
 class DistilledRetinaNet(DistillMixin, RetinaNet):
     """RetinaNet with a frozen teacher beside it."""
+
+
+class ConfigurableFCOS(FCOS):
+    """The stock FCOS, described by ``cfg.MODEL.FCOS``: Detectron2 describes it in Python only."""
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Arguments of ``FCOS`` from a config."""
+        node = cfg.MODEL.FCOS
+        backbone = build_backbone(cfg)
+        shapes = [backbone.output_shape()[name] for name in node.IN_FEATURES]
+        head = FCOSHead(
+            input_shape=shapes,
+            num_classes=node.NUM_CLASSES,
+            conv_dims=[shapes[0].channels] * node.NUM_CONVS,
+            prior_prob=node.PRIOR_PROB,
+            norm=node.NORM,
+        )
+        return {
+            "backbone": backbone,
+            "head": head,
+            "head_in_features": node.IN_FEATURES,
+            "num_classes": node.NUM_CLASSES,
+            "center_sampling_radius": node.CENTER_SAMPLING_RADIUS,
+            "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
+            "test_score_thresh": node.SCORE_THRESH_TEST,
+            "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
+            "test_nms_thresh": node.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
 
 
 @META_ARCH_REGISTRY.register()

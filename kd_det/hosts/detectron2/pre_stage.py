@@ -25,8 +25,7 @@ from kd_det.core.taps import Tap, TapRecorder
 from kd_det.hosts.base import Teacher
 from kd_det.hosts.detection.heads import Step
 from kd_det.hosts.detectron2.datasets import training_dicts
-from kd_det.hosts.detectron2.family import FAMILY
-from kd_det.hosts.detectron2.heads import BOXES
+from kd_det.hosts.detectron2.family import BOXES, FAMILY
 from kd_det.hosts.detectron2.meta_arch import reordered
 from kd_det.hosts.detectron2.progress import ProgressBar, ShowProgress
 from kd_det.hosts.detectron2.trainer import Trainer, data_parallel, unwrap

@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
@@ -32,10 +32,9 @@ _STOCK_LOGS = ("detectron2", "fvcore")
 
 
 class ProgressBar(Progress):
-    """One bar for a whole run, below it the losses. Use it as a context manager.
+    """One bar for a whole run, below it the losses, by default on standard error.
 
-    Args:
-        console: where it is drawn; by default standard error.
+    Use it as a context manager.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -57,11 +56,7 @@ class ProgressBar(Progress):
         yield self.losses
 
     def finish(self, results: Mapping[str, Mapping[str, float]]) -> None:
-        """Show that the run is over, and its results.
-
-        Args:
-            results: ``{"bbox": {"AP": ...}}`` in percent; values of single classes are left out.
-        """
+        """Show that the run is over, and its results but for those of single classes."""
         self.update(self.run, description="Done")
         for kind, metrics in results.items():
             values = (f"{k} {v:.2f}" for k, v in metrics.items() if "-" not in k)
@@ -70,11 +65,7 @@ class ProgressBar(Progress):
 
 
 class ReportProgress(HookBase):
-    """Calls a function after every iteration, in place of a bar.
-
-    Args:
-        report: see :data:`kd_det.hosts.base.Progress`.
-    """
+    """Calls a function after every iteration, in place of a bar."""
 
     def __init__(self, report: Report) -> None:
         self.report = report
@@ -88,7 +79,6 @@ class ShowProgress(HookBase):
 
     Args:
         bar: it shows this run until the next one takes it.
-        tag: of the run's scalars.
         eval_period: ``TEST.EVAL_PERIOD``; None where nothing is evaluated, not even at the end.
         name: shown before the bar.
     """
@@ -100,20 +90,13 @@ class ShowProgress(HookBase):
         eval_period: int | None = None,
         name: str = "Training",
     ) -> None:
-        self.bar = bar
-        self.tag = tag
-        self.eval_period = eval_period
-        self.name = name
+        self.bar, self.tag, self.eval_period, self.name = bar, tag, eval_period, name
         self._drawn = 0.0
 
     def before_train(self) -> None:
         # A resumed run goes on where it was; the speed is that of its own iterations.
-        self.bar.reset(
-            self.bar.run,
-            total=self.trainer.max_iter,
-            completed=self.trainer.start_iter,
-            description=self.name,
-        )
+        total, done = self.trainer.max_iter, self.trainer.start_iter
+        self.bar.reset(self.bar.run, total=total, completed=done, description=self.name)
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
@@ -128,28 +111,20 @@ class ShowProgress(HookBase):
 
     def _draw(self, description: str) -> None:
         smoothed = self.trainer.storage.latest_with_smoothing_hint(_WINDOW)
-        self.bar.losses = _losses({k: v for k, (v, _) in smoothed.items()}, self.tag)
+        values = {self.tag(name): value for name, (value, _) in smoothed.items()}
+        for kind in ("bbox", "segm"):
+            if f"{kind}/AP" in values:
+                values[f"eval/{kind} AP"] = values[f"{kind}/AP"]
+        self.bar.losses = loss_table(values)
         self.bar.update(self.bar.run, description=description, refresh=True)
         self._drawn = time.monotonic()
 
 
-def _losses(values: Mapping[str, float], tag: CurveTag) -> RenderableType:
-    tagged = {tag(name): value for name, value in values.items()}
-    evaluated = {f"eval/{kind} AP": tagged.get(f"{kind}/AP") for kind in ("bbox", "segm")}
-    return loss_table(tagged | {name: ap for name, ap in evaluated.items() if ap is not None})
-
-
 @contextmanager
 def progress_bar(wanted: bool = True) -> Iterator[ProgressBar | None]:
-    """The bar, on the main process of a run whose standard error is a terminal; else None.
-
-    Args:
-        wanted: False gives None anyway.
-    """
-    if not (wanted and comm.is_main_process() and sys.stderr.isatty()):
-        yield None
-        return
-    with ProgressBar() as bar:
+    """The bar, if wanted, on the main process of a run whose standard error is a terminal."""
+    shown = wanted and comm.is_main_process() and sys.stderr.isatty()
+    with ProgressBar() if shown else nullcontext() as bar:
         yield bar
 
 
@@ -164,10 +139,10 @@ def setup_logging(
 
     Args:
         cfg: the config of the run.
-        args: is logged as the command line.
+        args: logged as the command line.
         bar: where there is one, the screen shows warnings only, above it.
         package: the name of a logger.
-        on_screen: show the log on the screen, where there is no bar.
+        on_screen: False keeps the log off a screen without a bar.
     """
     names = (*_STOCK_LOGS, package)
     for name in names:
@@ -183,10 +158,7 @@ def setup_logging(
     for log in map(logging.getLogger, names):
         if not on_screen:
             # Detectron2's setup cannot be called without a handler for the screen.
-            hidden = [x for x in log.handlers if getattr(x, "stream", None) is screen]
-            for handler in hidden:
-                log.removeHandler(handler)
+            log.handlers = [x for x in log.handlers if getattr(x, "stream", None) is not screen]
         if bar is not None:
-            log.addHandler(
-                RichHandler(logging.WARNING, bar.console, show_time=False, show_path=False)
-            )
+            above = RichHandler(logging.WARNING, bar.console, show_time=False, show_path=False)
+            log.addHandler(above)

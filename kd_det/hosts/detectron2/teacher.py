@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,10 +23,7 @@ _OPTIONAL_KEYS = ("anchor_generator.cell_anchors", "pixel_mean", "pixel_std", "n
 
 
 def build_teacher(cfg: CfgNode) -> Teacher:
-    """Build and load the teacher that ``cfg.KD.TEACHER`` names.
-
-    Args:
-        cfg: the student's config. Of it only ``KD.TEACHER`` and ``MODEL.DEVICE`` are used.
+    """Build and load the teacher that ``cfg.KD.TEACHER`` names, on ``cfg.MODEL.DEVICE``.
 
     Raises:
         KDError: the config or the weights are missing, or do not belong together; the message
@@ -68,18 +66,12 @@ def find_config(name: str) -> Path:
     path = Path(config_path(name))
     if name and path.is_file():
         return path
-    from detectron2 import model_zoo
+    from detectron2.model_zoo import model_zoo
 
-    try:
-        return Path(model_zoo.get_config_file(name)) if name else _no_config(name)
-    except RuntimeError:
-        return _no_config(name)
-
-
-def _no_config(name: str) -> Path:
-    from detectron2.model_zoo.model_zoo import _ModelZooUrls
-
-    zoo = [f"{config}.yaml" for config in _ModelZooUrls.CONFIG_PATH_TO_URL_SUFFIX]
+    if name:
+        with suppress(RuntimeError):
+            return Path(model_zoo.get_config_file(name))
+    zoo = [f"{config}.yaml" for config in model_zoo._ModelZooUrls.CONFIG_PATH_TO_URL_SUFFIX]
     suggestion = nearest(name, zoo).partition("known:")[0]
     fail(
         expected="KD.TEACHER.CONFIG_FILE to be a config file or a model-zoo name",

@@ -47,7 +47,7 @@ from kd_det.hosts.detectron2.classes import class_names, num_classes
 from kd_det.hosts.detectron2.config import get_cfg
 from kd_det.hosts.detectron2.datasets import prepare_datasets, register_datasets, training_dicts
 from kd_det.hosts.detectron2.export import export_student
-from kd_det.hosts.detectron2.heads import BOXES, BoxHead
+from kd_det.hosts.detectron2.family import BOXES, BoxHead
 from kd_det.hosts.detectron2.procedures import check_run_procedures
 from kd_det.hosts.detectron2.teacher import teacher_config
 from kd_det.hosts.detectron2.train import check_weights

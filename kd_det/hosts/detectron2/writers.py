@@ -30,20 +30,13 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
 PERIOD = 20
-"""Iterations between two lines of ``metrics.json``: Detectron2's own."""
+"""Iterations between two lines of ``metrics.json``, and of their medians: Detectron2's own."""
 
 
 def build_writers(
     output_dir: str, max_iter: int, tag: CurveTag, loggers: Sequence[Logger] = ()
 ) -> list[EventWriter]:
-    """Detectron2's writers of log lines, ``metrics.json`` and TensorBoard, and one per logger.
-
-    Args:
-        output_dir: where they write.
-        max_iter: iterations of the run.
-        tag: of its scalars.
-        loggers: see :func:`kd_det.hosts.lightning.loggers.build_loggers`.
-    """
+    """Detectron2's writers of log lines, ``metrics.json`` and TensorBoard, and one per logger."""
     end_last_line(os.path.join(output_dir, METRICS))
     stock = [
         TaggedWriter(output_dir, tag) if isinstance(writer, TensorboardXWriter) else writer
@@ -53,12 +46,7 @@ def build_writers(
 
 
 class TaggedWriter(TensorboardXWriter):
-    """Detectron2's TensorBoard writer, whose scalars have the tags of :mod:`kd_det.run.curves`.
-
-    Args:
-        log_dir: where the events go.
-        tag: of the run's scalars.
-    """
+    """Detectron2's TensorBoard writer, whose scalars have the tags of :mod:`kd_det.run.curves`."""
 
     def __init__(self, log_dir: str, tag: CurveTag) -> None:
         super().__init__(log_dir)
@@ -79,28 +67,17 @@ class _TaggedSummary(SummaryWriter):
 
 
 class LoggerWriter(EventWriter):
-    """Hands the scalars of a run, smoothed as Detectron2 does, to one of Lightning's loggers.
+    """Hands the scalars of a run, smoothed as Detectron2 does, to one of Lightning's loggers."""
 
-    Args:
-        logger: it is finalized with whether the run came to its end.
-        max_iter: iterations of the run.
-        tag: of its scalars.
-        window: iterations over which a noisy scalar's median is taken; Detectron2's own 20.
-    """
-
-    def __init__(self, logger: Logger, max_iter: int, tag: CurveTag, window: int = 20) -> None:
-        self.logger = logger
-        self.max_iter = max_iter
-        self.tag = tag
-        self.window = window
+    def __init__(self, logger: Logger, max_iter: int, tag: CurveTag) -> None:
+        self.logger, self.max_iter, self.tag = logger, max_iter, tag
         self._last = -1
 
     def write(self) -> None:
         """Send what is new since the last call."""
         new: dict[int, dict[str, float]] = defaultdict(dict)
-        for name, (value, at) in (
-            get_event_storage().latest_with_smoothing_hint(self.window).items()
-        ):
+        latest = get_event_storage().latest_with_smoothing_hint(PERIOD)
+        for name, (value, at) in latest.items():
             if at > self._last:
                 new[at][self.tag(name)] = value
         for at in sorted(new):
@@ -108,7 +85,7 @@ class LoggerWriter(EventWriter):
         self._last = max([self._last, *new])
 
     def close(self) -> None:
-        """End the logger's run."""
+        """End the logger's run with whether the training came to its end."""
         ended = get_event_storage().iter >= self.max_iter
         self.logger.finalize("success" if ended else "failed")
 
@@ -118,19 +95,12 @@ class RecordMetrics(HookBase):
 
     Must come before the hook that writes. Reading a number back from a GPU makes the host wait:
     that is done once before each writing, for all iterations since the last.
-
-    Args:
-        distiller: of the run; None where nothing is distilled.
-        device: of the run.
-        period: of the writing.
     """
 
     def __init__(
         self, distiller: Distiller | None, device: torch.device, period: int = PERIOD
     ) -> None:
-        self._distiller = distiller
-        self._device = device
-        self._period = period
+        self._distiller, self._device, self._period = distiller, device, period
         self._waiting: list[tuple[int, dict[str, Tensor]]] = []
 
     def after_step(self) -> None:

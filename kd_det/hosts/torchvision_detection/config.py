@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from fvcore.common.config import CfgNode
 
-from kd_det.core.errors import check_choice, fail
+from kd_det.core.errors import check_at_least, check_choice, fail
 from kd_det.procedures.base import check_procedures
 from kd_det.run.config import add_kd_config, merge_config
 from kd_det.run.yaml_files import ConfigFile
@@ -54,14 +54,16 @@ def check_config(cfg: CfgNode) -> None:
         KDError: another host's config, an unknown meta-architecture, levels, anchors or batch
             sizes that do not fit each other, or what a procedure cannot do on detectors.
     """
+    model, solver = cfg.MODEL, cfg.SOLVER
     check_choice("HOST", cfg.HOST, ("torchvision_detection",))
-    check_choice("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCHITECTURES)
-    check_choice("MODEL.BACKBONE.NORM", cfg.MODEL.BACKBONE.NORM, ("BN", "FrozenBN"))
+    check_choice("MODEL.META_ARCHITECTURE", model.META_ARCHITECTURE, META_ARCHITECTURES)
+    check_choice("MODEL.BACKBONE.NORM", model.BACKBONE.NORM, ("BN", "FrozenBN"))
     check_choice("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, ("none", "horizontal"))
-    check_choice(
-        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE, ("value", "norm")
-    )
-    levels = list(cfg.MODEL.FPN.LEVELS)
+    clip = solver.CLIP_GRADIENTS.CLIP_TYPE
+    check_choice("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip, ("value", "norm"))
+    check_at_least("SOLVER.MAX_ITER", solver.MAX_ITER, 1, "use --eval-only to train nothing")
+    check_at_least("SOLVER.IMS_PER_BATCH", solver.IMS_PER_BATCH, 1)
+    levels = list(model.FPN.LEVELS)
     if len(levels) < 1 or levels != list(range(levels[0], levels[0] + len(levels))):
         fail(
             expected="MODEL.FPN.LEVELS to be consecutive levels, shallow to deep",
@@ -69,19 +71,13 @@ def check_config(cfg: CfgNode) -> None:
             remedy="write for example [2, 3, 4] for strides 4, 8 and 16",
         )
     for key in ("SIZES", "ASPECT_RATIOS"):
-        value = cfg.MODEL.ANCHOR_GENERATOR[key]
-        if len(value) not in (1, len(levels)) and cfg.MODEL.META_ARCHITECTURE != "FCOS":
+        value = model.ANCHOR_GENERATOR[key]
+        if len(value) not in (1, len(levels)) and model.META_ARCHITECTURE != "FCOS":
             fail(
                 expected=f"MODEL.ANCHOR_GENERATOR.{key} to list one entry per level or one in all",
                 received=f"{len(value)} entries for {len(levels)} levels",
                 remedy="give as many entries as MODEL.FPN.LEVELS",
             )
-    if cfg.SOLVER.MAX_ITER < 1 or cfg.SOLVER.IMS_PER_BATCH < 1:
-        fail(
-            expected="SOLVER.MAX_ITER and SOLVER.IMS_PER_BATCH of at least 1",
-            received=f"{cfg.SOLVER.MAX_ITER} and {cfg.SOLVER.IMS_PER_BATCH}",
-            remedy="correct them; use --eval-only to train nothing",
-        )
     check_procedures(cfg, OFFERS)
 
 

@@ -20,22 +20,12 @@ from kd_det.run.folder import DETECTIONS
 _MASK_THRESHOLD = 0.5
 # pycocotools' own, which torchmetrics has in float32: a recall of exactly 0.3 is below those.
 _IOUS, _RECALLS = np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)
-_NAMES = {
-    "AP": "map",
-    "AP50": "map_50",
-    "AP75": "map_75",
-    "APs": "map_small",
-    "APm": "map_medium",
-    "APl": "map_large",
-}
+_NAMES = {"AP": "map", "AP50": "map_50", "AP75": "map_75"}
+_NAMES |= {"APs": "map_small", "APm": "map_medium", "APl": "map_large"}
 
 
 class COCOMetric:
-    """Collects detections on each process and measures them together.
-
-    Args:
-        masks: measure masks besides boxes.
-    """
+    """Collects detections on each process and measures them together; masks if wanted."""
 
     def __init__(self, masks: bool) -> None:
         self.kinds: tuple[Literal["bbox", "segm"], ...] = ("bbox", "segm") if masks else ("bbox",)
@@ -51,31 +41,23 @@ class COCOMetric:
     def update(
         self, detections: Sequence[Mapping[str, Tensor]], targets: Sequence[Mapping[str, Tensor]]
     ) -> None:
-        """Add images.
-
-        Args:
-            detections: per image what torchvision's detectors return, or that :func:`prepared`.
-            targets: per image the ground truth, with ``iscrowd`` and ``area``.
-        """
+        """Add images: what a detector returns for each, :func:`prepared` or not, and its truth."""
         self._metric.update([prepared(d) for d in detections], [prepared(t) for t in targets])
 
     def compute(self) -> dict[str, dict[str, float]]:
         """``{"bbox": {"AP": ..., "AP50": ...}, "segm": ...}`` in percent, of all processes."""
-        self._gather()
+        own = self._metric.metric_state
+        states = gather_objects(own)
+        for name in own:
+            setattr(self._metric, name, [entry for state in states for entry in state[name]])
         found: Mapping[str, Any] = self._metric.compute()
         results: dict[str, dict[str, float]] = {}
         for kind in self.kinds:
             prefix = f"{kind}_" if len(self.kinds) > 1 else ""
             values = {name: 100 * float(found[prefix + key]) for name, key in _NAMES.items()}
-            # torchmetrics says -1 where there is nothing to measure.
+            # torchmetrics gives -1 where there is nothing to measure.
             results[kind] = {k: v if v >= 0 else float("nan") for k, v in values.items()}
         return results
-
-    def _gather(self) -> None:
-        own = self._metric.metric_state
-        states = gather_objects(own)
-        for name in own:
-            setattr(self._metric, name, [entry for state in states for entry in state[name]])
 
 
 class DetectionFile:
@@ -91,17 +73,11 @@ class DetectionFile:
     """
 
     def __init__(self, image_ids: Sequence[int], category_ids: Sequence[int]) -> None:
-        self.image_ids = image_ids
-        self.category_ids = category_ids
+        self.image_ids, self.category_ids = image_ids, category_ids
         self._found: list[dict[str, Any]] = []
 
     def update(self, detections: Sequence[Mapping[str, Tensor]], indices: Sequence[int]) -> None:
-        """Add images.
-
-        Args:
-            detections: :func:`prepared`, per image.
-            indices: places of these images in the data set.
-        """
+        """Add images: their detections, :func:`prepared`, and their places in the data set."""
         for found, index in zip(detections, indices, strict=True):
             boxes = box_convert(found["boxes"], "xyxy", "xywh").tolist()
             masks = [_encoded(mask) for mask in found["masks"]] if "masks" in found else []

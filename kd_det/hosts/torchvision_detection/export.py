@@ -13,12 +13,6 @@ from kd_det.run.config import without_distillation
 
 def export_student(cfg: CfgNode, weights: str | Path, output: str | Path) -> tuple[Path, Path]:
     """Write the stock detector of a run with ``cfg``; see :mod:`kd_det.core.checkpoint`."""
-    stock = stock_config(cfg)
-    return checkpoint.export_student(build_model(stock), weights, stock.dump(), output)
-
-
-def stock_config(cfg: CfgNode) -> CfgNode:
-    """The config of the student alone; its backbone's own weights are not fetched again."""
     stock = without_distillation(cfg)
-    stock.MODEL.BACKBONE.WEIGHTS = ""
-    return stock
+    stock.MODEL.BACKBONE.WEIGHTS = ""  # its weights are in the checkpoint
+    return checkpoint.export_student(build_model(stock), weights, stock.dump(), output)

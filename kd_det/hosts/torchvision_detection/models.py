@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torchvision
@@ -40,7 +41,23 @@ def build_model(cfg: CfgNode) -> nn.Module:
     Raises:
         KDError: an unknown backbone, or levels it cannot deliver.
     """
-    return _BUILDERS[cfg.MODEL.META_ARCHITECTURE](cfg, build_backbone(cfg))
+    name, backbone = cfg.MODEL.META_ARCHITECTURE, build_backbone(cfg)
+    if name == "FasterRCNN":
+        return FasterRCNN(backbone, **_rcnn_arguments(cfg, backbone.out_channels))
+    if name == "MaskRCNN":
+        arguments = _rcnn_arguments(cfg, backbone.out_channels)
+        return MaskRCNN(backbone, **arguments, **_mask_arguments(cfg, backbone.out_channels))
+    if name == "RetinaNet":
+        below, above = cfg.MODEL.RETINANET.IOU_THRESHOLDS
+        arguments = _dense_arguments(cfg)
+        return RetinaNet(backbone, **arguments, bg_iou_thresh=below, fg_iou_thresh=above)
+    if backbone.out_channels % _FCOS_GROUPS:
+        fail(
+            expected=f"MODEL.FPN.OUT_CHANNELS to be a multiple of {_FCOS_GROUPS} for FCOS",
+            received=str(backbone.out_channels),
+            remedy="use 32, 64, ...: its head normalises in groups",
+        )
+    return FCOS(backbone, **_dense_arguments(cfg))
 
 
 def num_classes(cfg: CfgNode) -> int:
@@ -70,14 +87,10 @@ def build_backbone(cfg: CfgNode) -> BackboneWithFPN:
             remedy="choose levels from these, and one or two more on top",
         )
     width = cfg.MODEL.FPN.OUT_CHANNELS
-    channels = [last[level][1] for level in present]
-    backbone = BackboneWithFPN(
-        body,
-        {last[level][0]: str(i) for i, level in enumerate(present)},
-        channels,
-        width,
-        LastLevelP6P7(channels[-1], width) if len(extra) == 2 else LastLevelMaxPool(),
-    )
+    names, channels = zip(*(last[level] for level in present), strict=True)
+    outputs = {name: str(i) for i, name in enumerate(names)}
+    top = LastLevelP6P7(channels[-1], width) if len(extra) == 2 else LastLevelMaxPool()
+    backbone = BackboneWithFPN(body, outputs, list(channels), width, top)
     if not extra:
         # BackboneWithFPN always adds a level; the pyramid itself does not need one.
         backbone.fpn.extra_blocks = None
@@ -88,9 +101,7 @@ def build_backbone(cfg: CfgNode) -> BackboneWithFPN:
 def basic_resnet(width: int, blocks: Sequence[int]) -> nn.Sequential:
     """A CPU-sized ResNet of torchvision's ``BasicBlock``: strides 4, 8, 16, (32).
 
-    Args:
-        width: channels of the stem and the first stage; every further stage has twice as many.
-        blocks: basic blocks per stage.
+    The stem and the first stage have ``width`` channels; every further stage has twice as many.
     """
     if width < 1 or not 1 <= len(blocks) <= 4 or min(blocks) < 1:
         fail(
@@ -126,13 +137,9 @@ def basic_resnet(width: int, blocks: Sequence[int]) -> nn.Sequential:
 
 
 def last_children(body: nn.Module) -> dict[int, tuple[str, int]]:
-    """The last child of each stride, from one run of the children in order.
+    """``{log2 stride: (child name, channels)}`` of the last child of each stride.
 
-    Args:
-        body: a backbone whose children run one after the other.
-
-    Returns:
-        ``{log2 stride: (child name, channels)}``, as far as children give square maps.
+    From one run of the children in order, as far as they give square maps.
     """
     last: dict[int, tuple[str, int]] = {}
     for name, shape in _run_children(list(body.named_children())):
@@ -223,7 +230,7 @@ def _anchor_generator(cfg: CfgNode) -> AnchorGenerator:
     return AnchorGenerator(per_level(node.SIZES), per_level(node.ASPECT_RATIOS))
 
 
-def _input_arguments(cfg: CfgNode) -> dict[str, object]:
+def _input_arguments(cfg: CfgNode) -> dict[str, Any]:
     return {
         "min_size": tuple(cfg.INPUT.MIN_SIZE_TRAIN),
         "max_size": cfg.INPUT.MAX_SIZE_TRAIN,
@@ -239,18 +246,15 @@ def _pool(cfg: CfgNode, node: CfgNode) -> MultiScaleRoIAlign:
     return MultiScaleRoIAlign(levels, node.POOLER_RESOLUTION, node.POOLER_SAMPLING_RATIO)
 
 
-def _rcnn_arguments(cfg: CfgNode, width: int) -> dict[str, object]:
+def _rcnn_arguments(cfg: CfgNode, width: int) -> dict[str, Any]:
     rpn, roi, box = cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
-    inputs = width * box.POOLER_RESOLUTION**2
+    size = box.POOLER_RESOLUTION
     head: nn.Module
     if box.NUM_CONV == 0 and box.NUM_FC == 2:
-        head = TwoMLPHead(inputs, box.FC_DIM)
+        head = TwoMLPHead(width * size**2, box.FC_DIM)
     else:
-        head = FastRCNNConvFCHead(
-            (width, box.POOLER_RESOLUTION, box.POOLER_RESOLUTION),
-            [box.CONV_DIM] * box.NUM_CONV,
-            [box.FC_DIM] * box.NUM_FC,
-        )
+        layers = [box.CONV_DIM] * box.NUM_CONV, [box.FC_DIM] * box.NUM_FC
+        head = FastRCNNConvFCHead((width, size, size), *layers)
     return {
         **_input_arguments(cfg),
         "rpn_anchor_generator": _anchor_generator(cfg),
@@ -276,24 +280,17 @@ def _rcnn_arguments(cfg: CfgNode, width: int) -> dict[str, object]:
     }
 
 
-def _faster_rcnn(cfg: CfgNode, backbone: BackboneWithFPN) -> nn.Module:
-    return FasterRCNN(backbone, **_rcnn_arguments(cfg, backbone.out_channels))
-
-
-def _mask_rcnn(cfg: CfgNode, backbone: BackboneWithFPN) -> nn.Module:
+def _mask_arguments(cfg: CfgNode, width: int) -> dict[str, Any]:
     node = cfg.MODEL.ROI_MASK_HEAD
-    arguments = _rcnn_arguments(cfg, backbone.out_channels)
-    last = node.CONV_DIM if node.NUM_CONV else backbone.out_channels
-    return MaskRCNN(
-        backbone,
-        **arguments,
-        mask_roi_pool=_pool(cfg, node),
-        mask_head=MaskRCNNHeads(backbone.out_channels, [node.CONV_DIM] * node.NUM_CONV, 1),
-        mask_predictor=MaskRCNNPredictor(last, node.CONV_DIM, cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1),
-    )
+    last = node.CONV_DIM if node.NUM_CONV else width
+    return {
+        "mask_roi_pool": _pool(cfg, node),
+        "mask_head": MaskRCNNHeads(width, [node.CONV_DIM] * node.NUM_CONV, 1),
+        "mask_predictor": MaskRCNNPredictor(last, node.CONV_DIM, num_classes(cfg) + 1),
+    }
 
 
-def _dense_arguments(cfg: CfgNode) -> dict[str, object]:
+def _dense_arguments(cfg: CfgNode) -> dict[str, Any]:
     node = cfg.MODEL.RETINANET
     return {
         **_input_arguments(cfg),
@@ -306,26 +303,3 @@ def _dense_arguments(cfg: CfgNode) -> dict[str, object]:
         "detections_per_img": cfg.TEST.DETECTIONS_PER_IMAGE,
         "topk_candidates": node.TOPK_CANDIDATES_TEST,
     }
-
-
-def _retinanet(cfg: CfgNode, backbone: BackboneWithFPN) -> nn.Module:
-    below, above = cfg.MODEL.RETINANET.IOU_THRESHOLDS
-    return RetinaNet(backbone, **_dense_arguments(cfg), bg_iou_thresh=below, fg_iou_thresh=above)
-
-
-def _fcos(cfg: CfgNode, backbone: BackboneWithFPN) -> nn.Module:
-    if backbone.out_channels % _FCOS_GROUPS:
-        fail(
-            expected=f"MODEL.FPN.OUT_CHANNELS to be a multiple of {_FCOS_GROUPS} for FCOS",
-            received=str(backbone.out_channels),
-            remedy="use 32, 64, ...: its head normalises in groups",
-        )
-    return FCOS(backbone, **_dense_arguments(cfg))
-
-
-_BUILDERS: dict[str, Callable[[CfgNode, BackboneWithFPN], nn.Module]] = {
-    "FasterRCNN": _faster_rcnn,
-    "MaskRCNN": _mask_rcnn,
-    "RetinaNet": _retinanet,
-    "FCOS": _fcos,
-}

@@ -17,8 +17,6 @@ from kd_det.hosts.torchvision_detection.config import load_config
 from kd_det.hosts.torchvision_detection.models import build_model
 from kd_det.run.yaml_files import config_path
 
-_EXAMPLE = "configs/digits_torchvision/teacher_frcnn.yaml"
-
 
 def teacher_config(cfg: CfgNode) -> CfgNode:
     """The complete config that ``cfg.KD.TEACHER.CONFIG_FILE`` names.
@@ -27,7 +25,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
         KDError: there is none, or this host cannot read it.
     """
     config_file = config_path(cfg.KD.TEACHER.CONFIG_FILE)
-    check_teacher_config(config_file, _EXAMPLE)
+    check_teacher_config(config_file, "configs/digits_torchvision/teacher_frcnn.yaml")
     return load_config(config_file)
 
 

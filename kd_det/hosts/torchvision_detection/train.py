@@ -11,10 +11,9 @@ import lightning.pytorch as pl
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from kd_det.balance import build_balance
 from kd_det.core.checkpoint import load_distiller, load_student
-from kd_det.core.errors import fail
 from kd_det.hosts.base import MakePictures, Progress
+from kd_det.hosts.detection.distillation import plan_options
 from kd_det.hosts.lightning.conduct import conduct
 from kd_det.hosts.lightning.pre_stage import prepare_run
 from kd_det.hosts.lightning.progress import progress_callback
@@ -33,7 +32,6 @@ from kd_det.procedures.base import (
     TrainingSet,
     build_procedures,
     on_losses_built,
-    reads_uncertainties,
 )
 from kd_det.run.config import read_terms
 from kd_det.run.curves import CurveTag
@@ -103,24 +101,9 @@ def build_training_model(cfg: CfgNode, weights: str = "", distilled: bool = True
         load_student(student, weights, complete=not distilled)
     if not (distilled and cfg.KD.ENABLED):
         return student
-    if not cfg.KD.TERMS:
-        fail(
-            expected="KD.TERMS to name at least one loss",
-            received="none",
-            remedy="add a term, or set KD.ENABLED False to train the plain student",
-        )
-    class_map = build_class_map(cfg)
-    terms = read_terms(cfg)
-    model = DistilledDetector(
-        student,
-        build_teacher(cfg).frozen,
-        terms,
-        cfg.KD.REPORT_PERIOD,
-        task_weight=cfg.KD.TASK_WEIGHT,
-        values=reads_uncertainties(cfg),
-        class_map=class_map,
-        balance=build_balance(cfg, terms),
-    )
+    class_map, terms = build_class_map(cfg), read_terms(cfg)
+    teacher, options = build_teacher(cfg).frozen, plan_options(cfg, terms)
+    model = DistilledDetector(student, teacher, terms, class_map=class_map, **options)
     if cfg.KD.WEIGHTS:
         load_distiller(model.distiller, cfg.KD.WEIGHTS)
     on_losses_built(cfg, model.distiller, model.teacher)

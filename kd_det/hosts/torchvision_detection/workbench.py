@@ -30,7 +30,7 @@ from kd_det.hosts.torchvision_detection.data import (
 )
 from kd_det.hosts.torchvision_detection.evaluation import COCOMetric
 from kd_det.hosts.torchvision_detection.export import export_student
-from kd_det.hosts.torchvision_detection.heads import BOXES, BoxHead
+from kd_det.hosts.torchvision_detection.family import BOXES, BoxHead
 from kd_det.hosts.torchvision_detection.lit import set_input_sizes, use_full_precision_levels
 from kd_det.hosts.torchvision_detection.model import DistilledDetector
 from kd_det.hosts.torchvision_detection.models import build_model, num_classes

@@ -14,7 +14,7 @@ from kd_det.core.errors import KDError
 from kd_det.hosts.detection.heads import recorded_calls
 from kd_det.hosts.detection.uncertainty import anchor_values, roi_values
 from kd_det.hosts.lightning.optim import learning_rate_factor
-from kd_det.hosts.torchvision_detection import heads
+from kd_det.hosts.torchvision_detection import family
 from kd_det.hosts.torchvision_detection.data import CocoDataset, collate, train_loader
 from kd_det.hosts.torchvision_detection.train import run
 from kd_det.procedures.base import TrainingSet, build_procedures
@@ -77,7 +77,7 @@ def test_dense_values_are_means_over_positive_and_best_scoring_background_anchor
 def test_the_matches_of_a_dense_detector_are_its_own():
     model = student_model("RetinaNet", ["INPUT.MIN_SIZE_TRAIN", (80,)]).train()
     images, targets = batch()
-    calls = {"matches": heads.DenseHead().uncertainty_places(model)["matches"]}
+    calls = {"matches": family.DenseHead().uncertainty_places(model)["matches"]}
     with recorded_calls(model, calls) as seen:
         model(images, targets)
     assert "compute_loss" not in vars(model.head)
@@ -95,13 +95,13 @@ def test_a_training_step_leaves_a_value_of_every_image(name, monkeypatch):
     seen = {}
 
     def spy_on(function):
-        original = getattr(heads, function)
+        original = getattr(family, function)
 
         def spy(logits, other, *rest, **more):
             seen["logits"], seen["other"] = logits, other
             return original(logits, other, *rest, **more)
 
-        monkeypatch.setattr(heads, function, spy)
+        monkeypatch.setattr(family, function, spy)
 
     spy_on("roi_values")
     spy_on("anchor_values")

@@ -14,8 +14,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from kd_det.core.loss import TapSpec
 from kd_det.core.taps import Tap
 from kd_det.hosts.detection.heads import Head, HeadTap
-from kd_det.hosts.torchvision_detection.family import FAMILY
-from kd_det.hosts.torchvision_detection.heads import sizes
+from kd_det.hosts.torchvision_detection.family import FAMILY, sizes
 from kd_det.hosts.torchvision_detection.model import DistilledDetector
 from kd_det.hosts.torchvision_detection.models import _rcnn_arguments, build_backbone
 from tests.hosts.torchvision_detection.models import batch, teacher_cfg, tiny_cfg
