@@ -59,6 +59,13 @@ def check_at_least(
         fail(expected=f"{what} of at least {least}", received=str(value), remedy=remedy)
 
 
+def check_share(what: str, value: float, remedy: str, zero: bool = False) -> None:
+    """Refuse numbers outside (0, 1], or [0, 1] with ``zero``, and NaN."""
+    if not (0 < value <= 1 or (zero and value == 0)):
+        interval = "[0, 1]" if zero else "(0, 1]"
+        fail(expected=f"{what}, in {interval}", received=str(value), remedy=remedy)
+
+
 def check_same_length(loss: str, student: Sized, teacher: Sized) -> None:
     """Refuse empty lists and lists of different length, of which zipping would drop a tensor."""
     if len(student) != len(teacher) or not student:

@@ -1,9 +1,9 @@
 """The contract of a procedure: a method that chooses or changes the batches of a run, or that
 trains something before the run or beside its student.
 
-A procedure is one class. Its config node, its checks, its state, its hooks into training and its
-report of cost belong to it. A host adds the nodes of all procedures that it supports, builds those
-that are on, and calls their hooks in the order of registration.
+A procedure is one class, with its config node, checks, state, hooks and report of cost. A host adds
+the nodes of all procedures that it supports, builds those that are on, and calls their hooks in the
+order of registration.
 
 Example:
     >>> @register
@@ -71,7 +71,7 @@ class TrainingLoop:
         return len(self.indices(batch))
 
     def select(self, batch: Any, rows: Sequence[int]) -> Any:
-        """The batch of the images in these rows."""
+        """The batch of the images in ``rows``."""
         raise NotImplementedError
 
     def indices(self, batch: Any) -> Tensor:
@@ -79,10 +79,7 @@ class TrainingLoop:
         raise NotImplementedError
 
     def uncertainties(self) -> Tensor:
-        """How uncertain the student was about each image of the last training step, ``[M]``.
-
-        Only with :attr:`Procedure.reads_uncertainties`.
-        """
+        """How uncertain the student was about each image of the last training step, ``[M]``."""
         raise NotImplementedError
 
     def score(self, images: Tensor, training: bool) -> Tensor:
@@ -99,48 +96,29 @@ class TrainingLoop:
 
 @dataclass(frozen=True)
 class BeforeRun:
-    """What a host offers before the first iteration.
-
-    Attributes:
-        cfg: the run's config.
-        distiller: None for a plain student.
-        teacher: None likewise, and beside a booster.
-        file: where something trained beforehand is kept for a resumed run.
-        resume: take or continue what an interrupted run has left.
-        train: ``(model, iterations)``: trains a module whose input are the teacher's tensors by
-            tap name and whose output are losses by name, with its own ``optimizer``.
-        iterations: of so many epochs.
-    """
+    """What a host offers before the first iteration."""
 
     cfg: CfgNode
-    distiller: Distiller | None
-    teacher: FrozenTeacher | None
-    file: Path
-    resume: bool
+    distiller: Distiller | None  # None for a plain student
+    teacher: FrozenTeacher | None  # None likewise, and beside a booster
+    file: Path  # where something trained beforehand is kept for a resumed run
+    resume: bool  # take or continue what an interrupted run has left
+    # ``(model, iterations)``: trains a module whose input are the teacher's tensors by tap name and
+    # whose output are losses by name, with its own ``optimizer``.
     train: Callable[[Any, int], None]
-    iterations: Callable[[int], int]
+    iterations: Callable[[int], int]  # of so many epochs
 
 
 class Procedure:
-    """One method of one run; every hook does nothing unless a subclass overrides it.
+    """One method of one run; every hook does nothing unless a subclass overrides it."""
 
-    Attributes:
-        name: of its config node ``KD.<name>``.
-        defaults: the keys of this node.
-        needs: offers that a host must have.
-        in_training: whether it is built for training; one that is not has hooks of classes only.
-        chooses_images: whether it has a sampler or changes images. One procedure of a run may.
-        reads_uncertainties: whether the loop must offer :meth:`TrainingLoop.uncertainties`.
-        old_names: of its state in checkpoints of former versions.
-    """
-
-    name: ClassVar[str]
+    name: ClassVar[str]  # of its config node ``KD.<name>``, whose keys are ``defaults``
     defaults: ClassVar[Mapping[str, Any]] = {"ENABLED": False}
-    needs: ClassVar[frozenset[str]] = frozenset()
-    in_training: ClassVar[bool] = True
-    chooses_images: ClassVar[bool] = False
-    reads_uncertainties: ClassVar[bool] = False
-    old_names: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[frozenset[str]] = frozenset()  # offers that a host must have
+    in_training: ClassVar[bool] = True  # False: never built, has hooks of classes only
+    chooses_images: ClassVar[bool] = False  # has a sampler or changes images; one of a run may
+    reads_uncertainties: ClassVar[bool] = False  # needs :meth:`TrainingLoop.uncertainties`
+    old_names: ClassVar[tuple[str, ...]] = ()  # of its state in checkpoints of former versions
 
     def __init__(self, cfg: Any, training_set: TrainingSet) -> None:
         """Build the procedure of a run; raises KDError for values that do not fit."""
@@ -223,9 +201,6 @@ class Procedure:
         return None
 
 
-_NO_IMAGES = TrainingSet(0)
-_NOTHING = Procedure(None, _NO_IMAGES)
-
 PROCEDURES: dict[str, type[Procedure]] = {}
 """Every procedure by its name; their hooks are called in this order."""
 
@@ -305,7 +280,7 @@ class Procedures(tuple[Procedure, ...]):
     @property
     def chooser(self) -> Procedure:
         """The procedure that chooses the images, or one that changes nothing."""
-        return next((procedure for procedure in self if procedure.chooses_images), _NOTHING)
+        return next((p for p in self if p.chooses_images), Procedure(None, TrainingSet(0)))
 
     def planned_config(self, cfg: CfgNode) -> CfgNode:
         for procedure in self:
@@ -345,11 +320,7 @@ class Procedures(tuple[Procedure, ...]):
         return {"procedures": {procedure.name: procedure.state_dict() for procedure in self}}
 
     def load_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint, which may be one of a former version.
-
-        Raises:
-            KDError: the run had other procedures, or a state of another run.
-        """
+        """Continue from a checkpoint, also of a former version; KDError if it is another run's."""
         states = checkpoint.get("procedures")
         if states is None:
             states = {
@@ -372,20 +343,17 @@ class Procedures(tuple[Procedure, ...]):
 def build_procedures(cfg: CfgNode, training_set: Callable[[], TrainingSet]) -> Procedures:
     """The procedures of a run during its training; ``training_set`` is called if there are any."""
     kinds = [procedure for procedure in active_procedures(cfg) if procedure.in_training]
-    facts = training_set() if kinds else _NO_IMAGES
+    if not kinds:
+        return Procedures()
+    facts = training_set()
     return Procedures(procedure(cfg, facts) for procedure in kinds)
 
 
 class ChangedImages(Dataset[tuple[Any, Any, int]]):
     """A data set whose images a procedure changes at the moment they are read.
 
-    Images are changed before random augmentation, and never stored. Indices are those of the whole
-    data set and are returned with each item.
-
-    Args:
-        dataset: ``(image, target)`` by index; images are floating ``[C, H, W]``, not augmented.
-        change: None changes nothing.
-        transform: random augmentation of the changed image.
+    ``dataset`` has ``(image, target)`` by index, floating ``[C, H, W]``, not augmented. Items
+    are ``(image, target, index)``, changed, then augmented by ``transform``; nothing is stored.
     """
 
     def __init__(
@@ -410,12 +378,9 @@ class ChangedImages(Dataset[tuple[Any, Any, int]]):
 class PeriodLoader:
     """Batches of a whole run, from a new iterator of ``loader`` in every period.
 
-    Loader processes fetch ahead: their iterator would still have batches of the period before.
-
-    Args:
-        loader: endless, in the order of the procedures' sampler.
-        procedures: stepped by the training loop after every batch.
-        length: iterations of the run.
+    Loader processes fetch ahead: their iterator would still have batches of the period before. The
+    ``loader`` is endless, in the order of the procedures' sampler; ``length`` is that of the run in
+    iterations.
     """
 
     def __init__(self, loader: Iterable[Any], procedures: Procedures, length: int) -> None:

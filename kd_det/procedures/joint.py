@@ -55,21 +55,14 @@ class Booster(nn.Module):
     Args:
         net: the heavy classifier. Its shared children are replaced.
         light: the light classifier.
-        shared: paths of modules that both have, such as ``conv1`` and ``layer1.0``. Run once, they
-            must follow each other from the input on.
+        shared: paths of modules that both have, of equal shape, such as ``conv1`` and
+            ``layer1.0``. Run once, they must follow each other from the input on.
         separate_norm: False (default): shared layers run once, for both. True: their weights are
             shared but run twice, each net with its own normalisation, as the reference does.
-
-    Raises:
-        KDError: a name that one of the nets lacks, or layers of different shape.
     """
 
     def __init__(
-        self,
-        net: nn.Module,
-        light: nn.Module,
-        shared: Sequence[str],
-        separate_norm: bool = False,
+        self, net: nn.Module, light: nn.Module, shared: Sequence[str], separate_norm: bool = False
     ) -> None:
         super().__init__()
         self._recalls: dict[str, _Recall] = {}
@@ -77,7 +70,9 @@ class Booster(nn.Module):
         for name in shared:
             check_known("module of the booster in KD.JOINT.SHARED", name, own)
             check_known("module of the student in KD.JOINT.SHARED", name, others)
-            shapes = [_shapes(child[name]) for child in (others, own)]
+            shapes = [
+                [tuple(p.shape) for p in modules[name].parameters()] for modules in (others, own)
+            ]
             if shapes[0] != shapes[1]:
                 fail(
                     expected=f"'{name}' of KD.JOINT.SHARED to be the same in both nets",
@@ -149,7 +144,3 @@ def _share_weights(own: nn.Module, light: nn.Module) -> nn.Module:
             for name in list(module._parameters):
                 module._parameters[name] = sources[path]._parameters[name]
     return twin
-
-
-def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
-    return [tuple(p.shape) for p in module.parameters()]

@@ -82,12 +82,7 @@ class PreStage(Procedure):
     def on_losses_built(
         cls, cfg: CfgNode, distiller: Distiller | None, teacher: FrozenTeacher | None
     ) -> bool:
-        """Load ``KD.PRE_STAGE.WEIGHTS`` if it is given.
-
-        Raises:
-            KDError: no term needs a pre-stage, or the file is one of another teacher; see
-                :func:`load_pre_stage`.
-        """
+        """Load ``KD.PRE_STAGE.WEIGHTS``, which only a run whose terms have a pre-stage may name."""
         given = cfg.KD.PRE_STAGE.WEIGHTS
         if not given:
             return False
@@ -108,11 +103,7 @@ class PreStage(Procedure):
         """Train what the terms need, or take the finished file of an interrupted run.
 
         Nothing is done where no term needs a pre-stage or all have theirs already, from a file,
-        a checkpoint or an earlier stage of the run.
-
-        Raises:
-            KDError: there is a finished file without ``resume``, or one of another teacher; or
-                there are no iterations.
+        a checkpoint or an earlier stage of the run. A finished file without ``resume`` is refused.
         """
         losses = _unready(pre_stage_losses(run.distiller)) if run.distiller is not None else {}
         if not losses or run.teacher is None:
@@ -164,16 +155,13 @@ class PreStageModel(nn.Module):
     """The networks of all terms that learn beforehand, as one module to train.
 
     Other parts of the losses, such as adaptors for the student, are not among its parameters.
-
-    Args:
-        losses: name to loss and teacher taps, see :func:`pre_stage_losses`.
     """
 
     def __init__(self, losses: PreStageLosses) -> None:
         super().__init__()
         self._losses = {name: (loss, tuple(taps)) for name, (loss, taps) in losses.items()}
         self.networks = nn.ModuleDict({name: loss.network for name, (loss, _) in losses.items()})
-        self._idle: list[str] = []
+        self.idle: list[str] = []  # networks whose loss in the last batch was zero
         for loss, _ in self._losses.values():
             loss.start_pre_stage()
 
@@ -192,7 +180,7 @@ class PreStageModel(nn.Module):
             name: loss.pre_stage_loss(_flatten([teacher[tap] for tap in taps]))
             for name, (loss, taps) in self._losses.items()
         }
-        self._idle = [name for name, loss in losses.items() if not loss.detach().any()]
+        self.idle = [name for name, loss in losses.items() if not loss.detach().any()]
         return losses
 
     def optimizer(
@@ -207,12 +195,6 @@ class PreStageModel(nn.Module):
             self, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay
         )
 
-    def leave_idle_alone(self) -> None:
-        """Remove the gradients of networks whose loss in the last batch was zero."""
-        for name in self._idle:
-            for parameter in self.networks[name].parameters():
-                parameter.grad = None
-
     def finish(self) -> None:
         """Freeze all networks; their losses are ready."""
         for loss, _ in self._losses.values():
@@ -222,7 +204,7 @@ class PreStageModel(nn.Module):
 class _PreStageSGD(torch.optim.SGD):
     def __init__(self, model: PreStageModel, **arguments: Any) -> None:
         super().__init__(model.parameters(), **arguments)
-        self._leave_idle_alone = model.leave_idle_alone
+        self._model = model
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         # Lightning's forward and backward pass are in the closure.
@@ -230,7 +212,9 @@ class _PreStageSGD(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        self._leave_idle_alone()
+        for name in self._model.idle:
+            for parameter in self._model.networks[name].parameters():
+                parameter.grad = None
         super().step()
         return result
 
@@ -238,13 +222,7 @@ class _PreStageSGD(torch.optim.SGD):
 def save_pre_stage(path: str | Path, losses: PreStageLosses | Distiller, teacher: str) -> None:
     """Write the finished networks and what they belong to, as one file, completely or not at all.
 
-    Args:
-        path: a ``.pth`` file; its folder must exist.
-        losses: name to loss and teacher taps, or the distiller that holds them.
-        teacher: :func:`teacher_fingerprint` of the teacher they were trained on.
-
-    Raises:
-        KDError: a network whose pre-stage is not finished.
+    ``teacher`` is the :func:`teacher_fingerprint` of the teacher they were trained on.
     """
     entries = []
     for name, (loss, taps) in _as_losses(losses).items():
@@ -269,17 +247,11 @@ def load_pre_stage(path: str | Path, losses: PreStageLosses | Distiller, teacher
 
     Terms are recognised by loss, hyper-parameters, taps and teacher widths, not by name.
 
-    Args:
-        path: what :func:`save_pre_stage` wrote.
-        losses: name to loss and teacher taps, or the distiller that holds them.
-        teacher: :func:`teacher_fingerprint` of this run's teacher.
-
     Raises:
         KDError: no such file, not a pre-stage, or one of another teacher, taps or
             hyper-parameters; the message names both sides. No loss is changed.
     """
-    content = _read(path)
-    losses = _as_losses(losses)
+    content, losses = _read(path), _as_losses(losses)
     entries = content["entries"]
     found = {}
     for name, (loss, taps) in losses.items():

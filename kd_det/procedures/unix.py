@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kd_det.core.errors import check_choice, fail
+from kd_det.core.errors import check_choice, check_share, fail
 from kd_det.core.numerics import (
     descending,
     full_precision,
@@ -95,18 +95,15 @@ def uncertainty(
 def mixup_weights(
     batch: int, b: float, slope: float = 10.0, nominal_batch: int | None = None
 ) -> Tensor:
-    """How strongly each rank may be mixed: a sigmoid over ranks, from the most uncertain on.
+    """How strongly each rank may be mixed, from the most uncertain on: ``[batch]`` float64.
 
     ``1 / (1 + exp(-slope * (i/B - m)))`` with ``m = (2b - 1) / (2B)`` for rank i.
 
     Args:
-        batch: number of images, and of weights.
+        batch: number of images.
         b: how many of B images stay nearly pure; at rank ``b - 1/2`` the weight is 1/2.
         slope: w; 10 in the published commands, 1000 is nearly a step.
         nominal_batch: B; ``batch`` by default.
-
-    Returns:
-        ``[batch]`` float64.
     """
     size = nominal_batch or batch
     middle = (2 * b - 1) / (2 * size)
@@ -124,9 +121,6 @@ def mix(
         order: rows by descending uncertainty, ``[B]`` int64.
         partners: rows to mix in, ``[B]`` int64. A row may meet itself, or one that is less sure.
         weights: mu, the partner's share, ``[k]``.
-
-    Raises:
-        KDError: images of integers, which mixing would truncate.
     """
     if not images.is_floating_point():
         fail(
@@ -197,9 +191,6 @@ class UnixMixup:
     Attributes:
         scored: number of images that the student has scored without a gradient.
         trained: number of images that went through teacher, student and backward.
-
-    Raises:
-        KDError: an argument outside its range.
     """
 
     def __init__(
@@ -213,13 +204,8 @@ class UnixMixup:
         rank: int = 0,
     ) -> None:
         check_choice("strategy", strategy, STRATEGIES)
-        for name, value in (("k_frac", k_frac), ("b_frac", b_frac)):
-            if not 0 < value <= 1:
-                fail(
-                    expected=f"UNIX's {name}, a part of the batch, in (0, 1]",
-                    received=str(value),
-                    remedy="use 0.75 for k_frac, 0.5 for b_frac",
-                )
+        check_share("UNIX's k_frac, a part of the batch", k_frac, remedy="use 0.75")
+        check_share("UNIX's b_frac, a part of the batch", b_frac, remedy="use 0.5")
         if nominal is not None and not all(1 <= part <= nominal[2] for part in nominal[:2]):
             fail(
                 expected="UNIX's nominal (k, b, batch) with k and b from 1 to batch",
@@ -230,9 +216,7 @@ class UnixMixup:
         self.strategy: Strategy = strategy
         self.nominal = nominal
         self.seed, self.rank = seed, rank
-        self.batches = 0
-        self.scored = 0
-        self.trained = 0
+        self.batches = self.scored = self.trained = 0
 
     def sizes(self, batch: int) -> tuple[int, float, int]:
         """``(k, b, B)`` for a batch of this many images."""
@@ -248,9 +232,6 @@ class UnixMixup:
             images: the raw batch, ``[B, ...]``, floating.
             targets: ``[B, ...]``.
             logits: the student's on the raw batch, ``[B, C]``; no gradient flows into them.
-
-        Raises:
-            KDError: lengths differ.
         """
         size = len(images)
         if not size == len(targets) == len(logits):
@@ -272,9 +253,9 @@ class UnixMixup:
         self.trained += k
         return mixed
 
-    def measured_cost(self, flops_ratio: float, backward: float = 1.0) -> float:
+    def measured_cost(self, flops_ratio: float) -> float:
         """:func:`unix_cost` of the images counted so far; short batches make it differ."""
-        return unix_cost(flops_ratio, self.trained / max(1, self.scored), backward)
+        return unix_cost(flops_ratio, self.trained / max(1, self.scored))
 
     def state_dict(self) -> dict[str, Any]:
         """The counts, from which the next draws follow too."""
@@ -319,18 +300,16 @@ class UNIX(Procedure):
         check_choice("KD.UNIX.STRATEGY", cfg.KD.UNIX.STRATEGY, STRATEGIES)
         check_choice("KD.UNIX.SCORE_MODE", cfg.KD.UNIX.SCORE_MODE, ("eval", "train"))
         active = {procedure.name for procedure in active_procedures(cfg)}
-        if "KCD" in active:
-            fail(
-                expected="one of KD.UNIX and KD.KCD",
-                received="both",
-                remedy="disable one: both decide which samples the teacher sees",
-            )
-        if "JOINT" in active:
-            fail(
-                expected="a frozen teacher for KD.UNIX, which saves its passes",
-                received="KD.JOINT.ENABLED True",
-                remedy="disable one of the two",
-            )
+        for name, reason in (
+            ("KCD", "both decide which samples the teacher sees"),
+            ("JOINT", "it saves passes of a frozen teacher"),
+        ):
+            if name in active:
+                fail(
+                    expected=f"KD.UNIX without KD.{name}: {reason}",
+                    received="both",
+                    remedy="disable one of the two",
+                )
 
     def on_batch(self, batch: Any, loop: TrainingLoop) -> Any:
         images, targets, indices = batch

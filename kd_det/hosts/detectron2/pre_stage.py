@@ -46,9 +46,6 @@ def prepare_run(trainer: Trainer, resume: bool = False, bar: ProgressBar | None 
         trainer: of the run, with its weights loaded.
         resume: take or continue what is in ``OUTPUT_DIR``.
         bar: shows it on a terminal.
-
-    Raises:
-        KDError: see :class:`kd_det.procedures.pre_stage.PreStage`.
     """
     cfg, student, distiller = trainer.cfg, unwrap(trainer.model), trainer.distiller
     teacher = student.teacher.frozen if distiller is not None else None
@@ -112,14 +109,8 @@ class _TeacherAlone(nn.Module):
 class TeacherCaptures:
     """Batch to teacher tensors by tap name: the stock teacher, recorded, without a student.
 
-    Args:
-        teacher: the frozen teacher.
-        wanted: names of taps.
-        input_format: channel order of the images in a batch.
-        class_map: from the teacher's classes to the student's, where they differ.
-
-    Raises:
-        KDError: a tap that means nothing without a student.
+    Taps that mean nothing without a student are refused. ``input_format`` is the channel order of
+    the images in a batch; the class map leads from the teacher's classes to the student's.
     """
 
     def __init__(

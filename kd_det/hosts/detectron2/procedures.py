@@ -45,11 +45,7 @@ Batch = list[dict[str, Any]]
 
 
 def check_run_procedures(cfg: CfgNode) -> None:
-    """Refuse what the procedures of a run cannot do on this host.
-
-    Raises:
-        KDError: a student that is not distilled, or see :func:`check_procedures`.
-    """
+    """Refuse what the procedures of a run cannot do on this host, or for a plain student."""
     student = cfg.MODEL.META_ARCHITECTURE
     for procedure in active_procedures(cfg):
         if procedure.in_training and not student.startswith("Distilled"):
@@ -71,9 +67,6 @@ class TrainingData:
         cfg: the config; its ``SOLVER`` counts the iterations that the run really takes.
         procedures: of the run; empty where it has none, and the stock loader is used.
         dataset: dataset dicts with their place in the training set, :data:`INDEX`.
-
-    Raises:
-        KDError: see :func:`check_run_procedures`.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -133,13 +126,8 @@ class ProcedureLoader(PeriodLoader):
 class ProcedureHook(HookBase, BatchAccess):
     """Calls the hooks of procedures, and keeps their state and their costs.
 
-    Must come before the hook that saves checkpoints, which hold its state.
-
-    Args:
-        data: of the run.
-
-    Attributes:
-        costs: of the finished run, see :meth:`Procedures.costs`.
+    Must come before the hook that saves checkpoints, which hold its state. ``costs`` are those of
+    the finished run.
     """
 
     def __init__(self, data: TrainingData) -> None:
@@ -195,19 +183,12 @@ class ChangingMapper:
     """Detectron2's mapper, whose first augmentation is what a procedure makes of the image.
 
     Images are changed before any geometric augmentation, and never stored. Boxes and masks are
-    those of the image itself.
-
-    Args:
-        mapper: the stock mapper; it is changed.
-        dataset: dataset dicts by place in the training set.
-        change: of floats ``[C, H, W]`` in the range of the pixels, in the mapper's order of
-            channels.
+    those of the image itself. ``change`` sees floats ``[C, H, W]`` in the range of the pixels, in
+    the mapper's order of channels.
     """
 
     def __init__(self, mapper: DatasetMapper, dataset: Any, change: ImageChange) -> None:
-        self.mapper = mapper
-        self.dataset = dataset
-        self.change = change
+        self.mapper, self.dataset, self.change = mapper, dataset, change
         self._index = -1
         first = _Replaced(self._changed)
         mapper.augmentations = T.AugmentationList([first, mapper.augmentations])

@@ -26,8 +26,7 @@ class TeacherCaptures:
 
     Args:
         teacher: a frozen stock torchvision detector.
-        table: its taps.
-        wanted: the tap names to record.
+        table: its taps, of which ``wanted`` are recorded.
         sizes: shorter sides of the run's training images; one is drawn for each.
         max_size: longest side.
         class_map: from the teacher's classes to the student's, where they differ.
@@ -54,11 +53,7 @@ class TeacherCaptures:
         self._recorder = TapRecorder(teacher, taps)
 
     def __call__(self, batch: tuple[Sequence[Tensor], Sequence[dict[str, Any]]]) -> dict[str, Any]:
-        """Teacher tensors by tap name.
-
-        Args:
-            batch: images ``[3, H, W]`` in 0..1 and their targets.
-        """
+        """From images ``[3, H, W]`` in 0..1 and their targets."""
         images, targets = batch
         self.teacher.follow(images[0])
         with self.teacher.inference() as model, _as_in_training(model):

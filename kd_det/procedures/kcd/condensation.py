@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kd_det.core.distributed import collective_device, world_size
-from kd_det.core.errors import check_choice, fail
+from kd_det.core.errors import check_at_least, check_choice, check_share, fail
 from kd_det.procedures.kcd.ledger import SampleLedger, rank
 from kd_det.procedures.kcd.selection import (
     EPSILON_RULES,
@@ -42,14 +42,12 @@ logger = logging.getLogger(__name__)
 class Condensation:
     """The resumable state of a KCD run: which points are active, which are blended, and when next.
 
-    A loop calls :meth:`update` for every batch and :meth:`step` after every epoch (or iteration);
-    samplers and data sets of :mod:`kd_det.procedures.kcd.sampler` read it. In a distributed run
-    every rank holds one and calls the same methods at the same times; all ranks then hold the same
-    selection.
+    A loop calls :meth:`update` for every batch and :meth:`step` after every epoch (or iteration).
+    In a distributed run every rank holds one and calls the same methods at the same times; all
+    ranks then hold the same selection.
 
     Periods count epochs, or, with ``batch``, iterations *of a run on the whole training set*: a
-    period that keeps 90 % of the points also takes 90 % of the iterations, so that all periods are
-    the same number of passes.
+    period that keeps 90 % of the points also takes 90 % of the iterations.
 
     Args:
         size: N, the number of points of the whole training set.
@@ -57,21 +55,20 @@ class Condensation:
         period: T, length of a period; 40 in the released commands (of 240 epochs).
         total: I, length of the run without condensation.
         alpha: exponent of the visit count in the score; 0.03 (paper).
-        schedule: see :func:`kd_det.procedures.kcd.selection.keep_counts`.
+        schedule: of :func:`kd_det.procedures.kcd.selection.keep_counts`.
         pool: ``"all"``: dropped points compete again (paper and code). ``"active"``: sets are
             nested.
         epsilon: largest share of the partner in a blend, 0 to 1; 0.3 (code). 0: no blending.
-        blend: see :func:`kd_det.procedures.kcd.sampler.blend_images`; read by the data set.
-        epsilon_rule: see :func:`kd_det.procedures.kcd.selection.blend_ratios`.
-        min_per_class: see :func:`kd_det.procedures.kcd.selection.partition`.
-        labels: class of every point, ``[N]``; needed by ``min_per_class``.
+        blend: mode of :func:`kd_det.procedures.kcd.sampler.blend_images`.
+        epsilon_rule: of :func:`kd_det.procedures.kcd.selection.blend_ratios`.
+        min_per_class: points of each class that stay in any case, which needs ``labels``, ``[N]``.
         batch: images per iteration over all ranks where periods count iterations, else None.
 
     Attributes:
         active: indices of the points of this period, int64 ``[N_t]``.
         current_period: t, from 0.
         position: epochs or iterations done in this period.
-        counts: the planned N_0, N_1, ...; see :func:`kd_det.procedures.kcd.selection.keep_counts`.
+        counts: the planned N_0, N_1, ...
         lengths: epochs or iterations of each period.
         partners: for each point the index of its partner, or -1, int64 ``[N]``.
         epsilons: for each point the partner's share, float64 ``[N]``. Both live in shared
@@ -100,7 +97,20 @@ class Condensation:
         check_choice("pool", pool, POOLS)
         check_choice("blend", blend, BLENDS)
         check_choice("epsilon_rule", epsilon_rule, EPSILON_RULES)
-        _check_ranges(alpha, epsilon, min_per_class, batch)
+        if not math.isfinite(alpha):
+            fail(
+                expected="KCD's alpha to be a finite number",
+                received=str(alpha),
+                remedy="use the paper's 0.03",
+            )
+        check_share("KCD's epsilon, a partner's share", epsilon, "use the code's 0.3", zero=True)
+        check_at_least("KCD's min_per_class", min_per_class, 0)
+        check_at_least(
+            "KCD's batch",
+            1 if batch is None else batch,
+            1,
+            "give the images per iteration, or None for epochs",
+        )
         self.ledger = SampleLedger(size)
         self.rho, self.period, self.total = rho, period, total
         self.alpha, self.pool, self.epsilon = alpha, pool, epsilon
@@ -147,13 +157,8 @@ class Condensation:
         """One epoch or iteration is done; condenses if a period ends with it."""
         self.position += 1
         at_end = self.position == self.lengths[self.current_period]
-        return self.end_of_period() if at_end else None
-
-    def end_of_period(self) -> Partition | None:
-        """Condense and begin the next period; after the last one there is nothing to do."""
-        if self.current_period + 1 == len(self.lengths):
-            return None
-        return self.condense()
+        # After the last period there is nothing to do.
+        return self.condense() if at_end and self.current_period + 1 < len(self.lengths) else None
 
     def condense(self) -> Partition:
         """Merge the ledger, rank, select, write the recipes, and begin the next period."""
@@ -178,11 +183,7 @@ class Condensation:
         return sum(self.lengths)
 
     def planned_step(self, step: int) -> int:
-        """The epoch or iteration that corresponds to ``step`` of a run without condensation.
-
-        Iterations shrink with the set: a decay after half the passes comes before half the
-        iterations of the original run.
-        """
+        """The epoch or iteration that corresponds to ``step`` of a run without condensation."""
         elapsed = 0
         for full, length in zip(self._full_lengths, self.lengths, strict=True):
             if step <= full:
@@ -190,16 +191,6 @@ class Condensation:
             step -= full
             elapsed += length
         return elapsed + step
-
-    def planned_samples(self) -> int:
-        """Samples of the whole run. ``min_per_class`` and padded epochs add a few."""
-        if self.batch is not None:
-            return self.planned_steps() * self.batch
-        return sum(n * kept for n, kept in zip(self.lengths, self.counts, strict=False))
-
-    def full_samples(self) -> int:
-        """Samples of a run of the same length on the whole training set."""
-        return self.total * (len(self) if self.batch is None else self.batch)
 
     @property
     def samples_seen(self) -> int:
@@ -211,12 +202,18 @@ class Condensation:
         return kcd_cost(self.rho, self.total, self.period)
 
     def planned_cost(self) -> float:
-        """The cost this run will have: its first period is full and counts are integers."""
-        return self.planned_samples() / self.full_samples()
+        """The cost this run will have; ``min_per_class`` and padded epochs add a little.
+
+        Unlike the formula's, its first period is full and its counts are integers.
+        """
+        if self.batch is not None:
+            return self.planned_steps() / self.total
+        samples = sum(n * kept for n, kept in zip(self.lengths, self.counts, strict=False))
+        return samples / (self.total * len(self))
 
     def measured_cost(self) -> float:
         """Samples seen so far, as a share of those of a whole run without condensation."""
-        return self.samples_seen / self.full_samples()
+        return self.samples_seen / (self.total * (self.batch or len(self)))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the future selections depend on.
@@ -262,21 +259,6 @@ def _of_rank_0(order: Tensor) -> Tensor:
     shared = order.to(collective_device())
     dist.broadcast(shared, src=0)
     return shared.cpu()
-
-
-def _check_ranges(alpha: float, epsilon: float, min_per_class: int, batch: int | None) -> None:
-    for name, value, fits, needs in (
-        ("alpha", alpha, math.isfinite(alpha), "a finite number, such as 0.03"),
-        ("epsilon", epsilon, 0 <= epsilon <= 1, "a share from 0 to 1, such as 0.3"),
-        ("min_per_class", min_per_class, min_per_class >= 0, "0 or more"),
-        ("batch", batch, batch is None or batch >= 1, "at least 1, or None for epochs"),
-    ):
-        if not fits:
-            fail(
-                expected=f"KCD's {name} to be {needs}",
-                received=str(value),
-                remedy="correct this value",
-            )
 
 
 def _check_labels(labels: Tensor | Sequence[int] | None, size: int) -> Tensor:

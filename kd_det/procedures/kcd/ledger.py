@@ -48,10 +48,7 @@ class SampleLedger:
     """The sum of the values seen at each point of a training set, and how often it was visited.
 
     In a distributed run a rank's values are held back until :meth:`merge`. Without a process
-    group they count at once.
-
-    Args:
-        size: N, the number of points of the whole training set.
+    group they count at once. ``size`` is N.
     """
 
     def __init__(self, size: int) -> None:
@@ -125,11 +122,7 @@ class SampleLedger:
         count.index_add_(0, indices, torch.ones_like(indices))
 
     def merge(self) -> None:
-        """Add what every rank has recorded since the last merge. All ranks must call it.
-
-        Afterwards every rank holds the same numbers. Only new visits are exchanged, so merging
-        again changes nothing.
-        """
+        """Add what every rank has recorded since the last merge. All ranks must call it."""
         self._record()
         if world_size() == 1:
             return
@@ -140,30 +133,17 @@ class SampleLedger:
             total += shared.cpu()
             new.zero_()
 
-    def add(self, sums: Tensor, counts: Tensor) -> None:
-        """Add visits that were recorded elsewhere: ``[N]`` sums of values and ``[N]`` counts."""
-        self._sum += sums.to(self._sum)
-        self._count += counts.to(self._count)
-
     def means(self) -> Tensor:
         """Mean value of each point over all its visits, float64 ``[N]``; 0 where unvisited."""
         return self.sum / self.count.clamp(min=1)
 
     def scores(self, alpha: float = 0.03) -> Tensor:
-        """``mean * count^alpha``, float64 ``[N]``; ``inf`` where unvisited, so it is kept.
-
-        Args:
-            alpha: how much an often visited point that is still uncertain gains; KCD's 0.03.
-        """
+        """``mean * count^alpha``, float64 ``[N]``; ``inf`` where unvisited, so it is kept."""
         scores = self.means() * self.count.to(torch.float64) ** alpha
         return scores.masked_fill(self.count == 0, torch.inf)
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of the merged sums and counts.
-
-        Raises:
-            KDError: this rank holds visits that were not merged; they would be lost.
-        """
+        """Copies of the merged sums and counts; KDError for visits that were not merged."""
         self._record()
         if self._new_count.any():
             fail(
@@ -174,11 +154,7 @@ class SampleLedger:
         return {"sum": self._sum.clone(), "count": self._count.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from saved sums and counts.
-
-        Raises:
-            KDError: they belong to a training set of another length.
-        """
+        """Continue from saved sums and counts; KDError for those of another training set."""
         if len(state["count"]) != len(self):
             fail(
                 expected=f"a ledger of {len(self)} points, as this training set has",

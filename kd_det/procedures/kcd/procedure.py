@@ -23,7 +23,7 @@ from kd_det.procedures.kcd.sampler import (
     InfiniteSubsetSampler,
     SubsetSampler,
 )
-from kd_det.procedures.kcd.selection import Partition, kcd_cost
+from kd_det.procedures.kcd.selection import kcd_cost
 
 if TYPE_CHECKING:
     from fvcore.common.config import CfgNode
@@ -104,8 +104,7 @@ class KCD(Procedure):
         solver = planned.SOLVER
         solver.MAX_ITER = state.planned_steps()
         steps = [state.planned_step(step) for step in solver.STEPS]
-        # Rounding can bring the last one to the end, where it changes nothing; Detectron2 refuses
-        # it.
+        # Detectron2 refuses a step at the end, where rounding can bring the last one.
         solver.STEPS = tuple(step for step in steps if step < solver.MAX_ITER)
         solver.WARMUP_ITERS = state.planned_step(solver.WARMUP_ITERS)
         planned.freeze()
@@ -141,15 +140,15 @@ class KCD(Procedure):
     def on_step(self, batch: Any, loop: TrainingLoop) -> None:
         self.condensation.update(loop.indices(batch), loop.uncertainties())
         if self.condensation.batch is not None:
-            self._log(self.condensation.step())
+            self._step()
 
     def on_epoch_end(self) -> None:
         if self.condensation.batch is None:
             self.synchronize()
-            self._log(self.condensation.step())
+            self._step()
 
-    def _log(self, parts: Partition | None) -> None:
-        if parts is not None:
+    def _step(self) -> None:
+        if (parts := self.condensation.step()) is not None:
             logger.info(
                 "KCD period %d: %d images stay, %d were dropped now, %d are blended",
                 self.condensation.current_period,
@@ -171,5 +170,5 @@ class KCD(Procedure):
         return {"kcd/images": float(len(self.condensation.active))}
 
     def cost(self, loop: TrainingLoop) -> tuple[float, float]:
-        """The formula counts a first period that is already condensed, which no run has."""
+        # The formula counts a first period that is already condensed, which no run has.
         return self.condensation.formula_cost(), self.condensation.measured_cost()

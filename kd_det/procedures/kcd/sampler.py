@@ -24,7 +24,10 @@ from kd_det.procedures.kcd.condensation import BLENDS, Condensation
 
 
 class _ActivePoints(Sampler[int]):
-    """Of the active points of a condensation, the share of one rank."""
+    """Of the active points of a condensation, the share of one rank.
+
+    ``seed`` is the same on all ranks; rank and world are by default those of the process group.
+    """
 
     def __init__(
         self,
@@ -50,12 +53,6 @@ class SubsetSampler(_ActivePoints):
     The active list is read anew in every epoch. The ranks share one order and take every
     ``world``-th point. Where the number of points does not divide, the first ones are repeated so
     that all ranks take as many steps; these extra visits enter the ledger like any other.
-
-    Args:
-        condensation: whose active points are sampled.
-        seed: the same on all ranks.
-        rank: this process; from the process group by default.
-        world: number of processes; from the process group by default.
     """
 
     epoch, _start = 0, 0
@@ -78,11 +75,9 @@ class SubsetSampler(_ActivePoints):
         return iter(order[self.rank :: self.world][start:].tolist())
 
     def state_dict(self, visited: int = 0) -> dict[str, int]:
-        """Where this rank is.
+        """Where this rank is, ``visited`` samples into its epoch.
 
-        Args:
-            visited: samples of this epoch that this rank has trained on. Loaders fetch ahead of
-                the training, so the loop must count them.
+        Loaders fetch ahead of the training, so the loop must count them.
         """
         return {"seed": self.seed, "epoch": self.epoch, "start": visited}
 
@@ -96,19 +91,8 @@ class InfiniteSubsetSampler(_ActivePoints):
 
     One random pass follows another; the ranks take every ``world``-th point of the stream, so
     nothing is repeated to make them equal. Each period has its own stream. It begins
-    at ``condensation.position``, which is all that a resumed run needs.
-
-    A loader that fetches ahead still holds a few batches of the old period when a new one begins;
-    see :class:`kd_det.procedures.base.PeriodLoader`.
-
-    Args:
-        condensation: whose active points are sampled; it must count iterations (``batch``).
-        seed: the same on all ranks.
-        rank: as of :class:`SubsetSampler`.
-        world: likewise.
-
-    Raises:
-        KDError: the condensation counts epochs.
+    at ``condensation.position``, which is all that a resumed run needs. The condensation must count
+    iterations. A loader that fetches ahead needs :class:`kd_det.procedures.base.PeriodLoader`.
     """
 
     def __init__(self, condensation: Condensation, *arguments: Any, **keywords: Any) -> None:
@@ -145,12 +129,8 @@ class GroupedSampler(InfiniteSubsetSampler):
     """The same stream, dealt in batches of one group (wide or high images) as they fill up.
 
     A loader that groups behind its sampler would make the place in the run inexact: a few images
-    always wait in it for a batch to fill.
-
-    Args:
-        condensation: as of :class:`InfiniteSubsetSampler`, as is ``seed``.
-        groups: the group of every image of the training set, ``[N]`` bool.
-        *place: rank and world.
+    always wait in it for a batch to fill. ``groups``, ``[N]`` bool, has the group of every image;
+    ``place`` is rank and world.
     """
 
     def __init__(
@@ -232,12 +212,7 @@ class Blends:
 
 
 class RecipeDataset(ChangedImages):
-    """A data set whose images are blended as the condensation says, at the moment they are read.
-
-    Args:
-        dataset: see :class:`ChangedImages`.
-        condensation: whose recipes are applied.
-        transform: random augmentation of the blended image.
+    """Images blended by a condensation's recipes at the moment they are read.
 
     Raises:
         KDError: the data set has another length than the condensation, or images that cannot be
@@ -257,10 +232,11 @@ class RecipeDataset(ChangedImages):
                 remedy="build both from the same training set",
             )
         super().__init__(dataset, Blends(condensation), transform)
-        first = dataset[0][0] if condensation.epsilon > 0 else None
-        if first is not None and not (isinstance(first, Tensor) and first.is_floating_point()):
+        first = dataset[0][0]
+        floating = isinstance(first, Tensor) and first.is_floating_point()
+        if condensation.epsilon > 0 and not floating:
             fail(
                 expected="a data set of floating image tensors, which can be blended",
-                received=str(first.dtype if isinstance(first, Tensor) else type(first).__name__),
+                received=str(getattr(first, "dtype", type(first).__name__)),
                 remedy="convert them in the data set and pass random augmentation as transform",
             )

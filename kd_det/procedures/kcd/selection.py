@@ -12,41 +12,28 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kd_det.core.errors import check_choice, fail
+from kd_det.core.errors import check_at_least, check_choice, check_share, fail
 
 KEEP_SCHEDULES = ("exp", "linear")
 EPSILON_RULES = ("reference", "paper")
 
 
 class Partition(NamedTuple):
-    """What one condensation decided. All are int64 indices, best rank first.
+    """What one condensation decided. All are int64 indices, best rank first."""
 
-    Attributes:
-        order: every point that competed.
-        keep: K1, the next active set.
-        drop: K0, the ranks just below ``keep``, as many as this condensation removes.
-        tail: K1L, the last of ``keep``, as many as ``drop`` where there are enough; they are
-            blended with the first of ``drop``, one by one.
-    """
-
-    order: Tensor
-    keep: Tensor
-    drop: Tensor
+    order: Tensor  # every point that competed
+    keep: Tensor  # K1, the next active set
+    drop: Tensor  # K0, the ranks just below ``keep``, as many as this condensation removes
+    # K1L, the last of ``keep``, as many as ``drop`` where there are enough; they are blended with
+    # the first of ``drop``, one by one.
     tail: Tensor
 
 
 def period_lengths(period: int, total: int) -> list[int]:
-    """Length of each period of a run of ``total``; the last may be shorter than ``period``.
-
-    Raises:
-        KDError: one of them is below 1.
-    """
-    if period < 1 or total < 1:
-        fail(
-            expected="KCD's period and the length of the run to be at least 1",
-            received=f"period {period}, length {total}",
-            remedy="set KD.KCD.PERIOD, for example to a sixth of the run",
-        )
+    """Length of each period of a run of ``total``; the last may be shorter than ``period``."""
+    remedy = "set KD.KCD.PERIOD, for example to a sixth of the run"
+    check_at_least("KCD's period", period, 1, remedy)
+    check_at_least("the length of a run with KCD", total, 1, remedy)
     return [min(period, total - start) for start in range(0, total, period)]
 
 
@@ -97,13 +84,7 @@ def partition(
             are dropped now. Points below were dropped before.
         min_per_class: how many of each class stay in any case, as far as it has competing
             points; a class-balanced data set needs none (0, as in the paper). Ours.
-        labels: class of every point, ``[N]`` integers; only for ``min_per_class``.
-
-    Returns:
-        The partition. With nothing to drop, ``drop`` and ``tail`` are empty.
-
-    Raises:
-        KDError: ``min_per_class`` without labels.
+        labels: class of every point, ``[N]`` integers; ``min_per_class`` needs it.
     """
     place = torch.arange(len(order))
     stays = place < keep
@@ -181,9 +162,5 @@ def kcd_cost(
 
 
 def _check_rho(rho: float) -> None:
-    if not 0 < rho <= 1:
-        fail(
-            expected="KCD's rho, the share of points that are kept, in (0, 1]",
-            received=str(rho),
-            remedy="use the paper's 0.7, or 1 to keep all points",
-        )
+    remedy = "use the paper's 0.7, or 1 to keep all points"
+    check_share("KCD's rho, the share of points that are kept", rho, remedy)

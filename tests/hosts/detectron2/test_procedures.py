@@ -265,7 +265,7 @@ class TestBlends:
         (["KD.KCD.MIN_PER_CLASS", 2], "KD.KCD.MIN_PER_CLASS"),
         (["KD.KCD.RHO", 0.0], "(0, 1]"),
         (["KD.KCD.RHO", 1.5], "(0, 1]"),
-        (["KD.KCD.PERIOD", 0], "period 0"),
+        (["KD.KCD.PERIOD", 0], "KCD's period of at least 1; received 0"),
         (["KD.KCD.SCHEDULE", "exponential"], "'exp'"),
         (["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"], "TrainingSampler"),
         (["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "DistilledRCNN"),
