@@ -10,11 +10,12 @@ from contextlib import contextmanager
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from kd_det.core.files import replace_text
+from kd_det.hosts.lightning.loggers import build_loggers
 from kd_det.hosts.lightning.module import DistillationModule
 from kd_det.hosts.lightning.run import Run
-from kd_det.hosts.lightning.trainer import run_loggers
 from kd_det.run.folder import CONFIG, FINAL, LOG, RESULTS
 from kd_det.run.plan import Results
 from kd_det.run.record import parameter_counts, recorded_run
@@ -31,48 +32,32 @@ def conduct(
 ) -> Results:
     """Train and evaluate, or only evaluate; leave everything in ``OUTPUT_DIR``, print the results.
 
-    Args:
-        run: the run.
-        lit: the module to train.
-        trainer: see :func:`kd_det.hosts.lightning.trainer.build_trainer`.
-        pre_stage: trains what the losses need beforehand; called unless a checkpoint of the
-            run itself follows.
-        save_at_end: write the checkpoint once more after the last iteration, because the trainer
-            does so at intervals only.
+    ``pre_stage`` trains what the losses need beforehand, and is called unless a checkpoint of the
+    run itself follows. ``save_at_end`` writes the checkpoint once more after the last iteration,
+    where the trainer does so at intervals only.
     """
     if run.start.eval_only:
         trainer.validate(lit, verbose=False)
         results = lit.results
     else:
-        results = _train(run, lit, trainer, pre_stage, save_at_end)
+        with _documented(run, lit, trainer):
+            if not run.resumed:
+                pre_stage()
+            # Random numbers drawn so far must not show in training, and every process needs a
+            # stream of its own.
+            pl.seed_everything(run.seed + trainer.global_rank, verbose=False)
+            trainer.fit(lit, ckpt_path=str(run.checkpoint) if run.resumed else None)
+            if save_at_end:
+                trainer.save_checkpoint(run.checkpoint)
+            if trainer.is_global_zero:
+                torch.save({"model": lit.model.state_dict()}, run.output / FINAL)
+            if run.cfg.DATASETS.TEST and lit.evaluated_at != trainer.global_step:
+                trainer.validate(lit, verbose=False)
+            results = lit.final_results()
+            if trainer.is_global_zero:
+                replace_text(run.output / RESULTS, json.dumps(results, indent=2) + "\n")
     if trainer.is_global_zero:
         print(*_result_lines(results), sep="\n")
-    return results
-
-
-def _train(
-    run: Run,
-    lit: DistillationModule,
-    trainer: pl.Trainer,
-    pre_stage: Callable[[], None],
-    save_at_end: bool,
-) -> Results:
-    with _documented(run, lit, trainer):
-        if not run.resumed:
-            pre_stage()
-        # Random numbers drawn so far must not show in training, and every process needs a stream
-        # of its own.
-        pl.seed_everything(run.seed + trainer.global_rank, verbose=False)
-        trainer.fit(lit, ckpt_path=str(run.checkpoint) if run.resumed else None)
-        if save_at_end:
-            trainer.save_checkpoint(run.checkpoint)
-        if trainer.is_global_zero:
-            torch.save({"model": lit.model.state_dict()}, run.output / FINAL)
-        if run.cfg.DATASETS.TEST and lit.evaluated_at != trainer.global_step:
-            trainer.validate(lit, verbose=False)
-        results = lit.final_results()
-        if trainer.is_global_zero:
-            replace_text(run.output / RESULTS, json.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -97,7 +82,12 @@ def _documented(run: Run, lit: DistillationModule, trainer: pl.Trainer) -> Itera
         beginning = "continued from its checkpoint" if run.resumed else "started"
         logger.info("run %s: %s", beginning, " ".join(sys.argv))
         logger.info("seed %d; parameters: %s", run.seed, counts)
-        trainer.loggers = run_loggers(run)
+        trainer.loggers = [
+            # A version for every start: Lightning's CSV writer begins by removing what is there.
+            CSVLogger(run.output, name="csv"),
+            TensorBoardLogger(run.output, name="tensorboard", version=""),
+            *build_loggers(run.cfg, run.output),
+        ]
         try:
             yield
         except BaseException:

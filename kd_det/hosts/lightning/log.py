@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import logging.handlers
 from pathlib import Path
-from types import TracebackType
 
 NAMES = ("kd_det", "lightning.pytorch")
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -24,11 +23,11 @@ class RunLog:
             _CAPACITY, flushLevel=logging.CRITICAL + 1, flushOnClose=False
         )
         self._added: list[tuple[logging.Logger, logging.Handler]] = []
-        self._levels: list[tuple[logging.Logger, int]] = []
+        self._level = logging.NOTSET
 
     def __enter__(self) -> RunLog:
         package = logging.getLogger(NAMES[0])
-        self._levels.append((package, package.level))
+        self._level = package.level
         if package.getEffectiveLevel() > logging.INFO:
             package.setLevel(logging.INFO)
         for name in NAMES:
@@ -39,24 +38,17 @@ class RunLog:
             self._add(logger, self._early)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for logger, handler in reversed(self._added):
             logger.removeHandler(handler)
             if isinstance(handler, logging.FileHandler):
                 handler.close()
-        for logger, level in self._levels:
-            logger.setLevel(level)
+        logging.getLogger(NAMES[0]).setLevel(self._level)
 
     def write_to(self, path: Path | None) -> None:
         """Write all messages so far, and those that follow, to the end of a file.
 
-        Args:
-            path: the file; None, on processes other than the first, to collect no more.
+        None, on processes other than the first, collects no more.
         """
         for name in NAMES:
             logging.getLogger(name).removeHandler(self._early)

@@ -25,11 +25,7 @@ PROJECT = "kd_det"
 
 
 def check_loggers(cfg: CfgNode) -> None:
-    """Refuse loggers that cannot be built, before anything is written.
-
-    Raises:
-        KDError: an unknown name in ``LOGGERS``, or its package is not installed.
-    """
+    """Refuse an unknown name in ``LOGGERS``, or one whose package is not installed."""
     for name in cfg.LOGGERS:
         check_known("logger in LOGGERS", name, _BUILD)
         if importlib.util.find_spec(name) is None:
@@ -43,15 +39,8 @@ def check_loggers(cfg: CfgNode) -> None:
 def build_loggers(cfg: CfgNode, output_dir: str | Path) -> list[Logger]:
     """Loggers for one start of a run, with its config as hyper-parameters.
 
-    A resumed run is another run of the service, with the name of the first. Only the main process
-    sends data.
-
-    Args:
-        cfg: the run's config.
-        output_dir: its last two parts name the run; local files of a service go below it.
-
-    Raises:
-        KDError: see :func:`check_loggers`.
+    A resumed run is another run of the service, with the name of the first: the last two parts of
+    ``output_dir``, where local files of a service go. Only the main process sends data.
     """
     check_loggers(cfg)
     output = Path(output_dir).resolve()

@@ -38,7 +38,7 @@ class DataClock(Profiler):
             self._began = time.perf_counter()
 
     def stop(self, action_name: str) -> None:
-        """Lightning's call at the end."""
+        """Lightning's call at its end."""
         if action_name.endswith(self._ACTION):
             self.seconds += time.perf_counter() - self._began
 
@@ -49,22 +49,14 @@ class MetricsWriter(Callback):
     Beside the losses a line has ``lr``; ``time``, the seconds of an iteration; ``data_time``, those
     of them that went into waiting for data; and ``max_mem``, see
     :func:`kd_det.run.devices.peak_memory`. The trainer's loggers get the same numbers,
-    each under the tag of its curve.
-
-    Args:
-        path: the file.
-        tag: see :class:`kd_det.run.curves.CurveTag`.
-        clock: the trainer's profiler.
-        period: iterations between two lines.
+    each under the tag of its curve. ``clock`` is the trainer's profiler; ``period`` are the
+    iterations between two lines.
     """
 
     def __init__(
         self, path: str | Path, tag: CurveTag, clock: DataClock, period: int = LOG_PERIOD
     ) -> None:
-        self.path = Path(path)
-        self.tag = tag
-        self.clock = clock
-        self.period = period
+        self.path, self.tag, self.clock, self.period = Path(path), tag, clock, period
         self._since = (0, 0.0, 0.0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -39,19 +39,15 @@ class ResumableModule(LightningModule):
 class DistillationModule(ResumableModule, TrainingLoop):
     """Trains a model that may hold a distiller; the model's state is its only state.
 
-    Args:
-        model: a stock model, or what holds it as ``student`` beside a ``distiller`` and a
-            ``teacher``.
-        cfg: a config of the host.
-        seed: decides the order of the training images.
-        procedures: of the run.
+    The model is a stock one, or holds it as ``student`` beside a ``distiller`` and a ``teacher``.
+    The seed decides the order of the training images.
 
     Attributes:
         results: of the last evaluation, ``{kind: {metric: percent}}``.
         evaluated_at: the iteration of that evaluation, or None.
-        remedy: what to do about losses that are not finite.
     """
 
+    # What to do about losses that are not finite.
     remedy = "lower SOLVER.BASE_LR or the weight of a term"
 
     def __init__(
@@ -99,14 +95,10 @@ class DistillationModule(ResumableModule, TrainingLoop):
         return self.model.load_state_dict(state_dict, *args, **kwargs)
 
     def log_losses(self, losses: Mapping[str, Tensor], total: Tensor) -> None:
-        """Log a step's losses under their own names, and the metrics of the distiller.
-
-        Args:
-            losses: scalars by name.
-            total: their sum, as ``total_loss``.
+        """Log a step's losses by name, ``total_loss``, and the metrics of the distiller.
 
         Raises:
-            FloatingPointError: a loss is not finite; see :func:`check_finite`.
+            FloatingPointError: a loss is not finite.
         """
         check_finite(f"losses are not finite at iteration {self.global_step}", losses, self.remedy)
         shown = {"total_loss": total, **losses}
@@ -141,15 +133,9 @@ class DistillationModule(ResumableModule, TrainingLoop):
 
 
 def check_finite(what: str, losses: Mapping[str, Tensor], remedy: str) -> None:
-    """Stop a training whose losses mean nothing any more.
+    """Raise FloatingPointError if the sum of the losses, scalars by name, is not finite.
 
-    Args:
-        what: begins the message.
-        losses: scalars by name, which the message lists.
-        remedy: ends it.
-
-    Raises:
-        FloatingPointError: their sum is not finite.
+    The message is ``what``, the losses and the remedy.
     """
     total = torch.stack([loss.detach().float() for loss in losses.values()]).sum()
     if not torch.isfinite(total):

@@ -12,16 +12,10 @@ from kd_det.hosts.base import MakePictures, Pictures
 
 
 class DrawPictures(Callback):
-    """Draws every ``VIS_PERIOD`` iterations, on the main process of a run with distillation.
-
-    Args:
-        cfg: the config of the run.
-        make: see :data:`kd_det.hosts.base.MakePictures`.
-    """
+    """Draws every ``VIS_PERIOD`` iterations, on the main process of a run with distillation."""
 
     def __init__(self, cfg: CfgNode, make: MakePictures) -> None:
-        self.cfg = cfg
-        self.make = make
+        self.cfg, self.make = cfg, make
         self._pictures: Pictures | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

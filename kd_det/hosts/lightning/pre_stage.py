@@ -7,25 +7,22 @@ it, belong to the procedures of the run; see :mod:`kd_det.procedures.pre_stage`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from fvcore.common.config import CfgNode
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from kd_det.core.distributed import rank
-from kd_det.hosts.lightning.hardware import precision
+from kd_det.hosts.lightning.metrics import LOG_PERIOD
 from kd_det.hosts.lightning.module import DistillationModule, ResumableModule, check_finite
 from kd_det.hosts.lightning.run import Run
+from kd_det.hosts.lightning.trainer import plain_trainer, saver
 from kd_det.procedures.base import BeforeRun, before_run
 from kd_det.procedures.pre_stage import PreStageModel
 from kd_det.run.folder import PRE_STAGE, PRE_STAGE_CHECKPOINT
-
-_LOG_PERIOD = 20
 
 # A batch to the teacher's tensors by tap name, without gradients. Batches arrive on the device of
 # training.
@@ -47,14 +44,20 @@ def prepare_run(
 
     On every process, and not where a checkpoint of the run itself follows. ``epoch`` is the number
     of iterations of one pass over the training set.
-
-    Raises:
-        KDError: see :meth:`kd_det.procedures.pre_stage.PreStage.before_run`.
-        FloatingPointError: a loss that is not finite.
     """
 
     def train(model: PreStageModel, iterations: int) -> None:
-        trainer = _trainer(run, iterations, callbacks)
+        period = max(1, run.cfg.SOLVER.CHECKPOINT_PERIOD)
+        saving = saver(run, PRE_STAGE_CHECKPOINT, every_n_train_steps=period)
+        trainer = plain_trainer(
+            run,
+            [saving, *callbacks],
+            max_steps=iterations,
+            max_epochs=-1,
+            logger=CSVLogger(run.cfg.OUTPUT_DIR, name="pre_stage"),
+            log_every_n_steps=min(LOG_PERIOD, iterations),
+            limit_val_batches=0,
+        )
         pl.seed_everything(run.seed + trainer.global_rank, verbose=False)
         checkpoint = run.output / PRE_STAGE_CHECKPOINT
         resumed = run.start.resume and checkpoint.is_file()
@@ -93,27 +96,3 @@ class _LitPreStage(ResumableModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         node = self.node
         return self.model.optimizer(node.BASE_LR, node.MOMENTUM, node.NESTEROV, node.WEIGHT_DECAY)
-
-
-def _trainer(run: Run, iterations: int, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
-    cfg = run.cfg
-    saver = ModelCheckpoint(
-        cfg.OUTPUT_DIR,
-        filename=Path(PRE_STAGE_CHECKPOINT).stem,
-        every_n_train_steps=max(1, cfg.SOLVER.CHECKPOINT_PERIOD),
-        enable_version_counter=False,
-    )
-    return pl.Trainer(
-        **run.hardware,
-        precision=precision(cfg),  # type: ignore[arg-type]
-        max_steps=iterations,
-        max_epochs=-1,
-        logger=CSVLogger(cfg.OUTPUT_DIR, name="pre_stage"),
-        callbacks=[saver, *callbacks],
-        enable_progress_bar=any(isinstance(each, pl.callbacks.ProgressBar) for each in callbacks),
-        enable_model_summary=False,
-        log_every_n_steps=min(_LOG_PERIOD, iterations),
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        default_root_dir=str(cfg.OUTPUT_DIR),
-    )

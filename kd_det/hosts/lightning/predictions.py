@@ -12,12 +12,9 @@ from kd_det.core.files import replace_text
 
 
 def write_predictions(path: Path, own: Sequence[Any], order: Callable[[Any], Any]) -> None:
-    """Write the predictions of all processes as one JSON list; every process must call it.
+    """Write the predictions of all processes, sorted, as one JSON list; every process must call it.
 
-    Args:
-        path: the file, which the main process writes. Numbers keep their full precision.
-        own: predictions of this process.
-        order: key to sort by; predictions with the same key keep their order.
+    Numbers keep their full precision; predictions with the same key of ``order`` keep their order.
     """
     gathered = [entry for part in gather_objects(list(own)) for entry in part]
     if rank() == 0:

@@ -26,11 +26,8 @@ _BAR_WIDTH = 30
 def progress_callback(tag: CurveTag, progress: Progress | None, title: str = "") -> Callback:
     """A progress bar, or calls of ``progress`` in its place.
 
-    Args:
-        tag: see :class:`RunProgressBar`.
-        progress: see :class:`ReportProgress`; None for the bar.
-        title: what is trained, where that is not the run itself; also the name, in lower case,
-            that ``progress`` is called with.
+    ``title`` names what is trained, where that is not the run itself; ``progress`` is called with
+    it in lower case.
     """
     if progress is None:
         return RunProgressBar(tag, title)
@@ -41,17 +38,12 @@ class RunProgressBar(RichProgressBar):
     """Lightning's bar over an epoch, with the time left of the whole run and the losses below it.
 
     One line per group: ``total``, the ``task`` losses, the terms (``kd``) and the last evaluation.
-
-    Args:
-        tag: tells the groups apart; see :class:`kd_det.run.curves.CurveTag`.
-        title: what the bar is called; empty for ``Training`` or, where epochs are counted,
-            ``Epoch 3/240``.
+    Without a title it is ``Training`` or, where epochs are counted, ``Epoch 3/240``.
     """
 
     def __init__(self, tag: CurveTag, title: str = "") -> None:
         super().__init__(refresh_rate=_REFRESH_RATE)
-        self.tag = tag
-        self.title = title
+        self.tag, self.title = tag, title
         self._column = _RunColumn(self)
         self._began = (0, 0.0)
         self._read_at = 0.0
@@ -77,11 +69,7 @@ class RunProgressBar(RichProgressBar):
         return {}
 
     def seconds_left(self, done: float) -> float | None:
-        """Of the whole run, by the mean time of an iteration so far.
-
-        Args:
-            done: iterations of the current epoch.
-        """
+        """Of the whole run, ``done`` iterations into its epoch, by their mean time so far."""
         trainer = self.trainer
         first, then = self._began
         steps = trainer.global_step - first
@@ -118,8 +106,8 @@ class _RunColumn(ProgressColumn):
     def __init__(self, bar: RunProgressBar) -> None:
         super().__init__()
         self.bar = bar
-        self._head = (TextColumn("{task.description:<10}"), BarColumn(_BAR_WIDTH))
-        self._count = MofNCompleteColumn()
+        name = TextColumn("{task.description:<10}")
+        self._columns = (name, BarColumn(_BAR_WIDTH), MofNCompleteColumn())
         self._losses: RenderableType | None = None
 
     def show(self, values: Mapping[str, float]) -> None:
@@ -128,7 +116,7 @@ class _RunColumn(ProgressColumn):
 
     def render(self, task: Task) -> RenderableType:
         head = Table.grid(padding=(0, 1))
-        cells = [*(column(task) for column in self._head), self._count(task)]
+        cells = [column(task) for column in self._columns]
         if task.id != self.bar.train_progress_bar_id:
             head.add_row(*cells)
             return head
@@ -141,28 +129,18 @@ class _RunColumn(ProgressColumn):
 class ReportProgress(Callback):
     """Calls a function after every batch, in place of a progress bar.
 
-    Args:
-        report: called with ``training`` or ``"evaluate"``, the batches done, and the whole.
-        training: the name of what is trained.
+    It is called with ``training`` or ``"evaluate"``, the batches done, and their whole number.
     """
 
     def __init__(self, report: Progress, training: str = "train") -> None:
-        self.report = report
-        self.training = training
+        self.report, self.training = report, training
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         self.report(self.training, trainer.global_step, trainer.max_steps)
 
-    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        self.report(self.training, trainer.global_step, trainer.max_steps)
+    on_train_batch_end = on_train_start
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, model: Any, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         self.report("evaluate", batch_idx + 1, int(sum(trainer.num_val_batches)))

@@ -10,12 +10,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from kd_det.hosts.lightning.hardware import (
-    announce_rendezvous,
-    common_seed,
-    hardware_arguments,
-    quiet,
-)
+from kd_det.hosts.lightning import hardware
 from kd_det.hosts.lightning.log import RunLog
 from kd_det.hosts.lightning.loggers import check_loggers
 from kd_det.run.devices import check_devices
@@ -32,24 +27,14 @@ from kd_det.run.plan import Start, check_single_run
 
 @dataclass(frozen=True)
 class Run:
-    """One start of a run, checked.
-
-    Attributes:
-        cfg: the config of the host.
-        start: how the run is started.
-        output: ``OUTPUT_DIR``.
-        seed: the seed in use, also where ``SEED`` is negative.
-        weights: the student's start, or what is evaluated.
-        hardware: Lightning's arguments for devices.
-        log: the log of this start.
-    """
+    """One start of a run, checked."""
 
     cfg: CfgNode
     start: Start
-    output: Path
-    seed: int
-    weights: str
-    hardware: dict[str, Any]
+    output: Path  # OUTPUT_DIR
+    seed: int  # in use, also where SEED is negative
+    weights: str  # the student's start, or what is evaluated
+    hardware: dict[str, Any]  # Lightning's arguments for devices
     log: RunLog
 
     @property
@@ -85,21 +70,13 @@ def check_run(cfg: CfgNode, start: Start) -> None:
 
 @contextmanager
 def open_run(cfg: CfgNode, start: Start) -> Iterator[Run]:
-    """Check a run, and collect what is logged from here on.
-
-    Args:
-        cfg: a config that its host has checked.
-        start: how the run is started.
-
-    Raises:
-        KDError: see :func:`check_run`.
-    """
+    """Check a run whose config its host has checked, and collect what is logged from here on."""
     check_run(cfg, start)
-    announce_rendezvous(start)
+    hardware.announce_rendezvous(start)
     output, weights = Path(cfg.OUTPUT_DIR), cfg.MODEL.WEIGHTS
     if start.eval_only:
         weights = evaluated_weights(weights, output, (FINAL, CHECKPOINT))
-    seed = cfg.SEED if cfg.SEED >= 0 else common_seed()
-    quiet()
+    seed = cfg.SEED if cfg.SEED >= 0 else hardware.common_seed()
+    hardware.quiet()
     with RunLog() as log:
-        yield Run(cfg, start, output, seed, weights, hardware_arguments(cfg, start), log)
+        yield Run(cfg, start, output, seed, weights, hardware.hardware_arguments(cfg, start), log)
