@@ -37,7 +37,6 @@ from kd_det.procedures.base import (
 if TYPE_CHECKING:
     from fvcore.common.config import CfgNode
 
-STRATEGIES = ("entropy", "confidence", "margin", "random")
 Strategy = Literal["entropy", "confidence", "margin", "random"]
 
 
@@ -69,11 +68,8 @@ def uncertainty(
 
     Returns:
         ``[B]`` without a gradient.
-
-    Raises:
-        KDError: an unknown strategy, or logits of another shape.
     """
-    check_choice("strategy", strategy, STRATEGIES)
+    check_choice("strategy", strategy, Strategy)
     if logits.dim() != 2 or logits.shape[1] < 2:
         fail(
             expected="UNIX to get logits [B, C] of at least two classes",
@@ -203,7 +199,7 @@ class UnixMixup:
         seed: int = 0,
         rank: int = 0,
     ) -> None:
-        check_choice("strategy", strategy, STRATEGIES)
+        check_choice("strategy", strategy, Strategy)
         check_share("UNIX's k_frac, a part of the batch", k_frac, remedy="use 0.75")
         check_share("UNIX's b_frac, a part of the batch", b_frac, remedy="use 0.5")
         if nominal is not None and not all(1 <= part <= nominal[2] for part in nominal[:2]):
@@ -214,8 +210,7 @@ class UnixMixup:
             )
         self.k_frac, self.b_frac, self.slope = k_frac, b_frac, slope
         self.strategy: Strategy = strategy
-        self.nominal = nominal
-        self.seed, self.rank = seed, rank
+        self.nominal, self.seed, self.rank = nominal, seed, rank
         self.batches = self.scored = self.trained = 0
 
     def sizes(self, batch: int) -> tuple[int, float, int]:
@@ -297,7 +292,7 @@ class UNIX(Procedure):
 
     @classmethod
     def check(cls, cfg: CfgNode, offers: frozenset[str]) -> None:
-        check_choice("KD.UNIX.STRATEGY", cfg.KD.UNIX.STRATEGY, STRATEGIES)
+        check_choice("KD.UNIX.STRATEGY", cfg.KD.UNIX.STRATEGY, Strategy)
         check_choice("KD.UNIX.SCORE_MODE", cfg.KD.UNIX.SCORE_MODE, ("eval", "train"))
         active = {procedure.name for procedure in active_procedures(cfg)}
         for name, reason in (

@@ -42,16 +42,9 @@ def build_student(cfg: CfgNode, weights: str, complete: bool) -> nn.Module:
 def build_training_model(
     cfg: CfgNode, weights: str = "", distilled: bool = True
 ) -> DistilledClassifier:
-    """The student, and around it what ``cfg.KD`` describes.
+    """The student, started from ``weights``, and around it what ``cfg.KD`` describes.
 
-    Args:
-        cfg: a config of this host.
-        weights: the student's start.
-        distilled: False leaves teacher and terms out whatever the config has, as evaluation
-            does.
-
-    Raises:
-        KDError: anything about models, weights or terms that cannot work.
+    ``distilled`` False leaves teacher and terms out whatever the config has, as evaluation does.
     """
     student = build_student(cfg, weights, complete=not distilled)
     statistics = Statistics(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from fvcore.common.config import CfgNode
 
-from kd_det.core.errors import check_choice, fail
+from kd_det.core.errors import check_at_least, check_choice, fail
 from kd_det.procedures.base import BOOSTER, LABELS, MIXED_BATCHES, check_procedures
 from kd_det.run.config import add_kd_config, merge_config
 from kd_det.run.yaml_files import ConfigFile
@@ -35,11 +35,7 @@ def get_cfg() -> CfgNode:
 
 
 def load_config(config: str | ConfigFile, opts: Sequence[str] = ()) -> CfgNode:
-    """The defaults with a file and overrides merged in, checked and frozen.
-
-    Raises:
-        KDError: see :func:`kd_det.run.config.merge_config` and :func:`check_config`.
-    """
+    """The defaults with a file and overrides merged in, checked and frozen."""
     cfg = merge_config(get_cfg(), config, opts)
     check_config(cfg)
     cfg.freeze()
@@ -47,22 +43,15 @@ def load_config(config: str | ConfigFile, opts: Sequence[str] = ()) -> CfgNode:
 
 
 def check_config(cfg: CfgNode) -> None:
-    """Refuse values that only this host can judge.
-
-    Raises:
-        KDError: another host's config, or values that do not fit each other.
-    """
+    """Refuse values that only this host can judge."""
     check_choice("HOST", cfg.HOST, ("classification",))
     check_choice("INPUT.CROP.TYPE", cfg.INPUT.CROP.TYPE, CROPS)
     check_choice("INPUT.CROP.PADDING_MODE", cfg.INPUT.CROP.PADDING_MODE, ("constant", "reflect"))
     check_choice("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, ("none", "horizontal"))
     solver = cfg.SOLVER
-    if solver.MAX_EPOCH < 1 or solver.IMS_PER_BATCH < 1 or solver.MAX_ITER < 0:
-        fail(
-            expected="SOLVER.MAX_EPOCH and SOLVER.IMS_PER_BATCH of at least 1, MAX_ITER from 0",
-            received=f"{solver.MAX_EPOCH}, {solver.IMS_PER_BATCH} and {solver.MAX_ITER}",
-            remedy="correct them; use --eval-only to train nothing",
-        )
+    for key, least in (("MAX_EPOCH", 1), ("IMS_PER_BATCH", 1), ("MAX_ITER", 0)):
+        remedy = "correct it; use --eval-only to train nothing"
+        check_at_least(f"SOLVER.{key}", solver[key], least, remedy)
     if len(cfg.MODEL.PIXEL_MEAN) != len(cfg.MODEL.PIXEL_STD) or 0 in cfg.MODEL.PIXEL_STD:
         fail(
             expected="MODEL.PIXEL_MEAN and PIXEL_STD with one value per channel, none of them 0",

@@ -6,6 +6,7 @@ index is that of the whole training set.
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,21 +28,13 @@ from kd_det.data.digits.images import DigitImages
 
 @dataclass(frozen=True)
 class Source:
-    """A data set by name.
+    """A data set by name; ``layout`` and ``command``, how to get it, are for the error message."""
 
-    Attributes:
-        build: ``root -> dataset`` of ``(PIL image or uint8 tensor, class)``.
-        num_classes: number of classes.
-        layout: what lies where below the data root, for the error message.
-        command: how to get it, for the error message.
-        names: ``root -> names`` of the classes, in their order; None where the files are not
-            there.
-    """
-
-    build: Callable[[Path], Any]
+    build: Callable[[Path], Any]  # root -> dataset of (PIL image or uint8 tensor, class)
     num_classes: int
-    layout: str = ""
+    layout: str = ""  # what lies where below the data root
     command: str = ""
+    # root -> names of the classes, in their order; None where the files are not there
     names: Callable[[Path], list[str] | None] = lambda root: None
 
 
@@ -51,32 +44,25 @@ class CoarseCIFAR100(datasets.CIFAR100):
     def __init__(self, root: Path, train: bool) -> None:
         super().__init__(str(root), train=train)
         # torchvision keeps the fine labels only; both are in the files it has just verified.
-        self.targets = _coarse_labels(Path(self.root) / self.base_folder, train)
+        path = Path(self.root) / self.base_folder / ("train" if train else "test")
+        self.targets = list(_unpickled(path)["coarse_labels"])
 
 
-def _coarse_labels(folder: Path, train: bool) -> list[int]:
-    import pickle
-
-    with (folder / ("train" if train else "test")).open("rb") as file:
-        return list(pickle.load(file, encoding="latin1")["coarse_labels"])
+def _unpickled(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        content: dict[str, Any] = pickle.load(file, encoding="latin1")
+    return content
 
 
 def _cifar_names(root: Path, kind: type[datasets.CIFAR10], key: str) -> list[str] | None:
-    import pickle
-
     path = root / kind.base_folder / kind.meta["filename"]
-    if not datasets.utils.check_integrity(str(path), kind.meta["md5"]):
-        return None
-    with path.open("rb") as file:
-        names: list[str] | None = pickle.load(file, encoding="latin1").get(key)
-    return names
+    intact = datasets.utils.check_integrity(str(path), kind.meta["md5"])
+    return _unpickled(path).get(key) if intact else None
 
 
 def _folder_names(folder: Path) -> list[str] | None:
     """As ``ImageFolder`` numbers them, without a look at the images."""
-    if not folder.is_dir():
-        return None
-    return datasets.folder.find_classes(str(folder))[0]
+    return datasets.folder.find_classes(str(folder))[0] if folder.is_dir() else None
 
 
 class TinyImageNetVal(Dataset):
@@ -165,8 +151,7 @@ def build_source(name: str) -> Any:
     """A data set of undecoded images, with its ``targets``.
 
     Raises:
-        KDError: an unknown name, or missing files; the message has the command that gets
-            them.
+        KDError: an unknown name, or missing files; the message has the command that gets them.
     """
     check_known("data set in DATASETS", name, SOURCES)
     source, root = SOURCES[name], data_root()
@@ -196,16 +181,7 @@ def single(names: Any, key: str) -> str:
 
 
 class ClassificationData(Dataset):
-    """A data set as training or evaluation sees it.
-
-    Args:
-        cfg: a config of this host.
-        training: the training set; else the test set.
-
-    Attributes:
-        targets: class of every sample, ``[N]``.
-        num_classes: number of classes.
-    """
+    """The training or test set as a run sees it; ``targets``, ``[N]``, are all its classes."""
 
     def __init__(self, cfg: CfgNode, training: bool) -> None:
         key = "TRAIN" if training else "TEST"
@@ -237,13 +213,10 @@ def prepared_by(cfg: CfgNode, training: bool) -> v2.Transform:
     """What a config does to an image: to RGB in 0..1 of ``INPUT.SIZE``, in training augmented."""
     size = cfg.INPUT.SIZE
     steps: list[v2.Transform] = [v2.ToImage(), v2.RGB()]
-    if training:
-        # A resized crop chooses its own part of the image.
-        if cfg.INPUT.CROP.TYPE != "resized":
-            steps.append(v2.Resize((size, size), antialias=True))
-    elif cfg.INPUT.MIN_SIZE_TEST:
+    if not training and cfg.INPUT.MIN_SIZE_TEST:
         steps += [v2.Resize(cfg.INPUT.MIN_SIZE_TEST, antialias=True), v2.CenterCrop(size)]
-    else:
+    elif not (training and cfg.INPUT.CROP.TYPE == "resized"):
+        # A resized crop chooses its own part of the image.
         steps.append(v2.Resize((size, size), antialias=True))
     return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()])
 

@@ -13,13 +13,8 @@ from kd_det.run.config import without_distillation
 
 def export_student(cfg: CfgNode, weights: str | Path, output: str | Path) -> tuple[Path, Path]:
     """Write the stock classifier of a run with ``cfg``; see :mod:`kd_det.core.checkpoint`."""
-    stock = stock_config(cfg)
+    stock = without_distillation(cfg)
+    # The student starts from nothing.
+    stock.MODEL.WEIGHTS = ""
     model = build_student(stock, "", complete=False)
     return checkpoint.export_student(model, weights, stock.dump(), output)
-
-
-def stock_config(cfg: CfgNode) -> CfgNode:
-    """The config of the student alone, with nothing to start from."""
-    stock = without_distillation(cfg)
-    stock.MODEL.WEIGHTS = ""
-    return stock

@@ -30,15 +30,9 @@ _TOP_K = (1, 5)
 
 
 class LitClassifier(DistillationModule):
-    """Trains a :class:`DistilledClassifier`; the classifier's state is its only state.
+    """Trains a :class:`DistilledClassifier`; the seed also decides the augmentation of images.
 
-    Args:
-        model: the classifier.
-        cfg: a config of this host.
-        seed: decides order and augmentation of the training images.
-        train_data: None to evaluate only.
-        test_data: the test set.
-        procedures: of the run.
+    ``train_data`` is None where a run only evaluates.
     """
 
     model: DistilledClassifier
@@ -81,8 +75,7 @@ class LitClassifier(DistillationModule):
         total = torch.stack([v for k, v in parts.items() if k not in clipped]).sum()
         self._clipped_loss = torch.stack([parts[k] for k in clipped]).sum() if clipped else None
         shown = {name: loss.detach() for name, loss in parts.items()}
-        everything = torch.stack(list(shown.values())).sum()
-        self.log_losses(shown, everything)
+        self.log_losses(shown, torch.stack(list(shown.values())).sum())
         return total
 
     # What procedures find; see kd_det.procedures.base.TrainingLoop

@@ -25,8 +25,7 @@ class SeededItems(Dataset):
     """
 
     def __init__(self, items: Any, seed: int) -> None:
-        self.items = items
-        self.seed = seed
+        self.items, self.seed = items, seed
 
     def __len__(self) -> int:
         return len(self.items)
@@ -94,11 +93,7 @@ def evaluation_loader(cfg: CfgNode, data: Sized, rank: int, world: int) -> DataL
 
 
 def per_process(cfg: CfgNode, world: int) -> int:
-    """Images per batch of one process.
-
-    Raises:
-        KDError: ``SOLVER.IMS_PER_BATCH`` does not divide.
-    """
+    """Images per batch of one process, which must divide ``SOLVER.IMS_PER_BATCH``."""
     total = cfg.SOLVER.IMS_PER_BATCH
     if total % world:
         fail(

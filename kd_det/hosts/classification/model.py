@@ -45,26 +45,16 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Distillation:
-    """What turns a classifier's training into a distillation.
-
-    Attributes:
-        teacher: the frozen teacher; None beside a booster.
-        booster: a net that trains jointly and takes the teacher's place (Rocket).
-        task_weight: of the cross-entropy beside the terms. 0 leaves it out.
-        class_map: how the teacher's ``logits`` become those of the student's classes; None if
-            they are already.
-        balance: adapts the weights of the terms; gradients are compared on the whole student. See
-            :mod:`kd_det.balance`.
-    """
+    """What turns a classifier's training into a distillation."""
 
     terms: Sequence[Term] | Mapping[str, Mapping[str, Any]]
-    teacher: FrozenTeacher | None = None
-    teacher_statistics: Statistics | None = None
-    booster: Booster | None = None
-    task_weight: float = 1.0
+    teacher: FrozenTeacher | None = None  # None beside a booster
+    teacher_statistics: Statistics | None = None  # by default the student's
+    booster: Booster | None = None  # trains jointly and takes the teacher's place (Rocket)
+    task_weight: float = 1.0  # of the cross-entropy beside the terms; 0 leaves it out
     report_period: int = 1000
-    class_map: ClassMap | None = None
-    balance: Balance | None = None
+    class_map: ClassMap | None = None  # of the teacher's ``logits``, if they need one
+    balance: Balance | None = None  # compares gradients on the whole student
 
 
 class DistilledClassifier(nn.Module):
@@ -82,9 +72,6 @@ class DistilledClassifier(nn.Module):
 
     Attributes:
         logits: the student's, of the last training step, detached ``[N, K]``.
-
-    Raises:
-        KDError: no terms, an unknown tap, or taps that cannot be bridged.
     """
 
     def __init__(
@@ -117,9 +104,10 @@ class DistilledClassifier(nn.Module):
         self._teacher_statistics = plan.teacher_statistics or self.statistics
         example = torch.zeros(2, len(self.statistics.mean), size, size)
         with torch.random.fork_rng(devices=[]):
-            mine, others = (
-                tap_specs(values) for values in self._record_example(example, plan.booster)
-            )
+            # The booster is no submodule yet.
+            with evaluating(self), evaluating(plan.booster or self):
+                _, student, teacher, _ = self._record(example, example, plan.booster)
+            mine, others = tap_specs(student), tap_specs(teacher)
             self.distiller = Distiller(
                 terms, mine, others, CONTEXT, plan.report_period, plan.balance
             )
@@ -208,15 +196,6 @@ class DistilledClassifier(nn.Module):
         recorder.release()
         other.release()
         return logits, student, teacher, boosted
-
-    def _record_example(
-        self, images: Tensor, booster: Booster | None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Both sides' taps of an example; no statistics change."""
-        # The booster is no submodule yet.
-        with evaluating(self), evaluating(booster or self):
-            _, student, teacher, _ = self._record(images, images, booster)
-        return student, teacher
 
 
 def _task_loss(logits: Tensor, targets: Tensor | MixedBatch) -> Tensor:

@@ -25,11 +25,7 @@ def num_classes(cfg: CfgNode) -> int:
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:
-    """The complete config that ``cfg.KD.TEACHER.CONFIG_FILE`` names.
-
-    Raises:
-        KDError: there is none, or this host cannot read it.
-    """
+    """The complete config that ``cfg.KD.TEACHER.CONFIG_FILE`` names."""
     config_file = config_path(cfg.KD.TEACHER.CONFIG_FILE)
     check_teacher_config(config_file, _EXAMPLE)
     return load_config(config_file)
@@ -38,11 +34,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
 def build_teacher(cfg: CfgNode) -> Teacher:
     """The frozen teacher that ``cfg.KD.TEACHER`` describes, on the CPU.
 
-    Random number streams are left as they were.
-
-    Raises:
-        KDError: no config, no weights without ``ALLOW_RANDOM``, or weights that do not fill
-            every key of the teacher exactly.
+    Its weights must fill every key exactly. Random number streams are left as they were.
     """
     node = cfg.KD.TEACHER
     teacher_cfg = teacher_config(cfg)

@@ -70,6 +70,6 @@ def plain_trainer(run: Run, callbacks: Sequence[pl.Callback], **arguments: Any) 
 
 
 def saver(run: Run, name: str, **saving: Any) -> ModelCheckpoint:
-    """Writes the file ``name`` in ``OUTPUT_DIR``, again and again."""
+    """Keeps the newest checkpoint as ``name`` in ``OUTPUT_DIR``."""
     stem = Path(name).stem
     return ModelCheckpoint(run.output, filename=stem, enable_version_counter=False, **saving)

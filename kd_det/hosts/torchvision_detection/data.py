@@ -40,7 +40,6 @@ class CocoDataset(Dataset[Sample]):
         image_root: folder that ``file_name`` is relative to.
         masks: whether targets have ``masks``.
         training: leave out crowds and, with ``filter_empty``, images without boxes.
-        filter_empty: see ``training``.
         flip: mirror half of the images.
 
     Attributes:
@@ -162,9 +161,8 @@ class StepSampler(Sampler[int]):
 def check_datasets(cfg: CfgNode, training: bool = True) -> None:
     """Refuse data that would fail or mislead, before anything is trained.
 
-    Raises:
-        KDError: see :func:`kd_det.data.coco_json.check_coco_json`; or another number of classes
-            than the model has, or masks that a Mask R-CNN lacks.
+    Beside :func:`check_coco_json`, that is another number of classes than the model has, or boxes
+    without the masks that a Mask R-CNN needs.
     """
     keys = ["TRAIN"] if training else []
     # As in Detectron2, a run without test data is not evaluated.
@@ -218,9 +216,6 @@ def train_loader(
     """Batches of a whole run of ``SOLVER.MAX_ITER`` as one pass, from iteration ``start`` on.
 
     One of the ``procedures`` may choose the images, and has its own start.
-
-    Raises:
-        KDError: a batch that the processes cannot share evenly.
     """
     batch = cfg.SOLVER.IMS_PER_BATCH
     if batch % world:

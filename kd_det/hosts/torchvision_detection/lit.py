@@ -21,14 +21,9 @@ Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
 
 class LitDetector(DistillationModule):
-    """Trains a stock detector or a :class:`DistilledDetector`; their state is its only state.
+    """Trains a stock detector or a :class:`DistilledDetector`.
 
-    Args:
-        model: the detector.
-        cfg: a config of this host.
-        seed: decides the order of the training images.
-        dataset: the training images; None where nothing is trained.
-        procedures: of the run; ``cfg`` must be planned by them.
+    ``cfg`` must be planned by the procedures. ``dataset`` is None where nothing is trained.
     """
 
     remedy = "lower SOLVER.BASE_LR or the weight of a term, or lengthen the warm-up"

@@ -24,8 +24,9 @@ from kd_det.core.distributed import collective_device, world_size
 from kd_det.core.errors import check_at_least, check_choice, check_share, fail
 from kd_det.procedures.kcd.ledger import SampleLedger, rank
 from kd_det.procedures.kcd.selection import (
-    EPSILON_RULES,
+    EpsilonRule,
     Partition,
+    Schedule,
     blend_ratios,
     kcd_cost,
     keep_counts,
@@ -33,8 +34,8 @@ from kd_det.procedures.kcd.selection import (
     period_lengths,
 )
 
-POOLS = ("all", "active")
-BLENDS = ("convex", "add")
+Pool = Literal["all", "active"]
+Blend = Literal["convex", "add"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,18 +86,18 @@ class Condensation:
         period: int,
         total: int,
         alpha: float = 0.03,
-        schedule: Literal["exp", "linear"] = "exp",
-        pool: Literal["all", "active"] = "all",
+        schedule: Schedule = "exp",
+        pool: Pool = "all",
         epsilon: float = 0.3,
-        blend: Literal["convex", "add"] = "convex",
-        epsilon_rule: Literal["reference", "paper"] = "reference",
+        blend: Blend = "convex",
+        epsilon_rule: EpsilonRule = "reference",
         min_per_class: int = 0,
         labels: Tensor | Sequence[int] | None = None,
         batch: int | None = None,
     ) -> None:
-        check_choice("pool", pool, POOLS)
-        check_choice("blend", blend, BLENDS)
-        check_choice("epsilon_rule", epsilon_rule, EPSILON_RULES)
+        check_choice("pool", pool, Pool)
+        check_choice("blend", blend, Blend)
+        check_choice("epsilon_rule", epsilon_rule, EpsilonRule)
         if not math.isfinite(alpha):
             fail(
                 expected="KCD's alpha to be a finite number",
@@ -114,8 +115,7 @@ class Condensation:
         self.ledger = SampleLedger(size)
         self.rho, self.period, self.total = rho, period, total
         self.alpha, self.pool, self.epsilon = alpha, pool, epsilon
-        self.blend: Literal["convex", "add"] = blend
-        self.epsilon_rule: Literal["reference", "paper"] = epsilon_rule
+        self.blend, self.epsilon_rule = blend, epsilon_rule
         self.min_per_class, self.batch = min_per_class, batch
         self.labels = _check_labels(labels, size) if min_per_class else None
         self._full_lengths = period_lengths(period, total)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from kd_det.core.distributed import world_size
 from kd_det.core.errors import check_choice, fail
 from kd_det.core.seeds import keyed_generator
 from kd_det.procedures.base import ChangedImages
-from kd_det.procedures.kcd.condensation import BLENDS, Condensation
+from kd_det.procedures.kcd.condensation import Blend, Condensation
 
 
 class _ActivePoints(Sampler[int]):
@@ -158,10 +158,7 @@ class GroupedSampler(InfiniteSubsetSampler):
 
 
 def blend_images(
-    image: Tensor,
-    partner: Tensor,
-    epsilon: float | Tensor,
-    mode: Literal["convex", "add"] = "convex",
+    image: Tensor, partner: Tensor, epsilon: float | Tensor, mode: Blend = "convex"
 ) -> Tensor:
     """Mix a little of one image into another. The label stays that of ``image``.
 
@@ -172,11 +169,8 @@ def blend_images(
         mode: ``"convex"``: ``(1 - epsilon) * image + epsilon * partner``, the released code's,
             which stays in the range of pixels. ``"add"``: ``image + epsilon * partner``, the
             paper's.
-
-    Raises:
-        KDError: an unknown mode, or images of integers, which a blend would truncate.
     """
-    check_choice("blend", mode, BLENDS)
+    check_choice("blend", mode, Blend)
     if not (image.is_floating_point() and partner.is_floating_point()):
         fail(
             expected="floating images to blend",

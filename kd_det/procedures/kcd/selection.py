@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kd_det.core.errors import check_at_least, check_choice, check_share, fail
 
-KEEP_SCHEDULES = ("exp", "linear")
-EPSILON_RULES = ("reference", "paper")
+Schedule = Literal["exp", "linear"]
+EpsilonRule = Literal["reference", "paper"]
 
 
 class Partition(NamedTuple):
@@ -37,9 +37,7 @@ def period_lengths(period: int, total: int) -> list[int]:
     return [min(period, total - start) for start in range(0, total, period)]
 
 
-def keep_counts(
-    total: int, rho: float, periods: float, schedule: Literal["exp", "linear"] = "exp"
-) -> list[int]:
+def keep_counts(total: int, rho: float, periods: float, schedule: Schedule = "exp") -> list[int]:
     """N_0 = N, N_1, ..., N_n: how many points each of n periods trains on.
 
     The last is what a condensation after the last period would leave; no period trains on it.
@@ -54,12 +52,9 @@ def keep_counts(
 
     Returns:
         ``n + 1`` counts, none below 1, nor below the share ``rho``.
-
-    Raises:
-        KDError: ``rho`` is outside (0, 1], or an unknown schedule.
     """
     _check_rho(rho)
-    check_choice("schedule", schedule, KEEP_SCHEDULES)
+    check_choice("schedule", schedule, Schedule)
     last = math.ceil(periods)
     if schedule == "exp":
         shares = (rho ** min(1.0, t / periods) for t in range(last + 1))
@@ -106,9 +101,7 @@ def partition(
     return Partition(order, kept, dropped, kept[max(0, len(kept) - len(dropped)) :])
 
 
-def blend_ratios(
-    pairs: int, maximum: float = 0.3, rule: Literal["reference", "paper"] = "reference"
-) -> Tensor:
+def blend_ratios(pairs: int, maximum: float = 0.3, rule: EpsilonRule = "reference") -> Tensor:
     """Shares of the partner in each blend, for pairs in rank order.
 
     Args:
@@ -120,7 +113,7 @@ def blend_ratios(
     Returns:
         ``[L]`` float64.
     """
-    check_choice("epsilon_rule", rule, EPSILON_RULES)
+    check_choice("epsilon_rule", rule, EpsilonRule)
     offset = 0 if rule == "reference" else 1
     return maximum * (torch.arange(pairs, dtype=torch.float64) + offset) / max(1, pairs)
 
@@ -130,7 +123,7 @@ def kcd_cost(
     total: int,
     period: int,
     first_period: Literal["condensed", "full"] = "condensed",
-    schedule: Literal["exp", "linear"] = "exp",
+    schedule: Schedule = "exp",
 ) -> float:
     """Samples processed, as a share of those of a run on the whole training set.
 
@@ -147,7 +140,7 @@ def kcd_cost(
     """
     _check_rho(rho)
     check_choice("first_period", first_period, ("condensed", "full"))
-    check_choice("schedule", schedule, KEEP_SCHEDULES)
+    check_choice("schedule", schedule, Schedule)
     lengths = period_lengths(period, total)
     offset = 1 if first_period == "condensed" else 0
     if offset and schedule == "exp" and rho < 1:

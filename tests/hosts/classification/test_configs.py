@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from kd_det.hosts.classification import teacher
 from kd_det.hosts.classification.build import build_training_model
 from kd_det.hosts.classification.config import load_config
-from kd_det.hosts.classification.lit import score
+from kd_det.hosts.classification.lit import LitClassifier
 from kd_det.hosts.classification.models import build_classifier
 from kd_det.hosts.classification.teacher import num_classes
 from kd_det.procedures.base import TrainingSet, build_procedures
@@ -103,7 +104,8 @@ def test_a_recipe_trains_a_step_in_each_of_its_stages(path, monkeypatch):
         assert any(
             p.grad is not None and p.grad.abs().sum() > 0 for p in model.student.parameters()
         )
-        assert score(model, images, training=False).shape == (4, num_classes(cfg))
+        logits = LitClassifier.score(SimpleNamespace(model=model), images, training=False)
+        assert logits.shape == (4, num_classes(cfg))
 
 
 def test_every_kcd_recipe_has_the_published_cost():
