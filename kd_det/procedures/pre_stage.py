@@ -40,17 +40,6 @@ PreStageLosses = Mapping[str, tuple[PreStageLoss, Sequence[str]]]
 _FORMAT = "kd_det pre-stage 1"
 _SHOWN_DIGITS = 12
 
-__all__ = [
-    "PreStage",
-    "PreStageLoss",
-    "PreStageLosses",
-    "PreStageModel",
-    "load_pre_stage",
-    "pre_stage_losses",
-    "save_pre_stage",
-    "teacher_fingerprint",
-]
-
 logger = logging.getLogger(__name__)
 
 

@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import SimpleTrainer, hooks
 from detectron2.utils.env import seed_all_rng
@@ -51,7 +50,27 @@ def prepare_run(trainer: Trainer, resume: bool = False, bar: ProgressBar | None 
     teacher = student.teacher.frozen if distiller is not None else None
 
     def train(model: PreStageModel, iterations: int) -> None:
-        _train(cfg, model, iterations, student, resume, bar)
+        node, taps = cfg.KD.PRE_STAGE, model.taps
+        captures = TeacherCaptures(student.teacher, taps, cfg.INPUT.FORMAT, student.class_map)
+        alone = _TeacherAlone(model, captures)
+        wrapped = data_parallel(alone, cfg.MODEL.DEVICE, broadcast_buffers=False)
+        optimizer = model.optimizer(node.BASE_LR, node.MOMENTUM, node.NESTEROV, node.WEIGHT_DECAY)
+        loader = build_detection_train_loader(cfg, dataset=training_dicts(cfg))
+        loop = SimpleTrainer(wrapped, loader, optimizer)
+        folder = str(Path(cfg.OUTPUT_DIR) / PRE_STAGE_FOLDER)
+        checkpointer = Checkpointer(wrapped, folder, trainer=loop)
+        own: list[hooks.HookBase] = [hooks.IterationTimer()]
+        tag = CurveTag(tuple(model.networks))
+        if rank() == 0:
+            own.append(hooks.PeriodicCheckpointer(checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
+            writers = build_writers(folder, iterations, tag)
+            own.append(hooks.PeriodicWriter(writers, period=PERIOD))
+        if bar is not None:
+            own.append(ShowProgress(bar, tag, name="Pre-stage"))
+        loop.register_hooks(own)
+        checkpointer.resume_or_load("", resume=resume)
+        done = loop.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+        loop.train(done, iterations)
 
     def iterations(epochs: int) -> int:
         return epochs * len(training_dicts(cfg)) // cfg.SOLVER.IMS_PER_BATCH
@@ -61,37 +80,6 @@ def prepare_run(trainer: Trainer, resume: bool = False, bar: ProgressBar | None 
     if loaded | before_run(BeforeRun(cfg, distiller, teacher, file, resume, train, iterations)):
         # The student's random numbers must not depend on whether it was trained or loaded.
         seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank())
-
-
-def _train(
-    cfg: CfgNode,
-    model: PreStageModel,
-    iterations: int,
-    student: Any,
-    resume: bool,
-    bar: ProgressBar | None,
-) -> None:
-    node = cfg.KD.PRE_STAGE
-    captures = TeacherCaptures(student.teacher, model.taps, cfg.INPUT.FORMAT, student.class_map)
-    alone = _TeacherAlone(model, captures)
-    wrapped = data_parallel(alone, cfg.MODEL.DEVICE, broadcast_buffers=False)
-    optimizer = model.optimizer(node.BASE_LR, node.MOMENTUM, node.NESTEROV, node.WEIGHT_DECAY)
-    loader = build_detection_train_loader(cfg, dataset=training_dicts(cfg))
-    trainer = SimpleTrainer(wrapped, loader, optimizer)
-    folder = Path(cfg.OUTPUT_DIR) / PRE_STAGE_FOLDER
-    checkpointer = Checkpointer(wrapped, str(folder), trainer=trainer)
-    own: list[hooks.HookBase] = [hooks.IterationTimer()]
-    tag = CurveTag(tuple(model.networks))
-    if rank() == 0:
-        own.append(hooks.PeriodicCheckpointer(checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
-        writers = build_writers(str(folder), iterations, tag)
-        own.append(hooks.PeriodicWriter(writers, period=PERIOD))
-    if bar is not None:
-        own.append(ShowProgress(bar, tag, name="Pre-stage"))
-    trainer.register_hooks(own)
-    checkpointer.resume_or_load("", resume=resume)
-    done = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
-    trainer.train(done, iterations)
 
 
 class _TeacherAlone(nn.Module):
