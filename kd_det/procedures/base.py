@@ -59,7 +59,7 @@ class TrainingSet:
     images: int
     seed: int = 0
     rank: int = 0
-    # The class of every image, [N], where the host offers them.
+    #: The class of every image, [N], where the host offers them.
     labels: Tensor | None = None
 
 
@@ -99,26 +99,26 @@ class BeforeRun:
     """What a host offers before the first iteration."""
 
     cfg: CfgNode
-    distiller: Distiller | None  # None for a plain student
-    teacher: FrozenTeacher | None  # None likewise, and beside a booster
-    file: Path  # where something trained beforehand is kept for a resumed run
-    resume: bool  # take or continue what an interrupted run has left
-    # ``(model, iterations)``: trains a module whose input are the teacher's tensors by tap name and
-    # whose output are losses by name, with its own ``optimizer``.
+    distiller: Distiller | None  #: None for a plain student
+    teacher: FrozenTeacher | None  #: None likewise, and beside a booster
+    file: Path  #: where something trained beforehand is kept for a resumed run
+    resume: bool  #: take or continue what an interrupted run has left
+    #: ``(model, iterations)``: trains a module whose input are the teacher's tensors by tap name
+    #: and whose output are losses by name, with its own ``optimizer``.
     train: Callable[[Any, int], None]
-    iterations: Callable[[int], int]  # of so many epochs
+    iterations: Callable[[int], int]  #: of so many epochs
 
 
 class Procedure:
     """One method of one run; every hook does nothing unless a subclass overrides it."""
 
-    name: ClassVar[str]  # of its config node ``KD.<name>``, whose keys are ``defaults``
+    name: ClassVar[str]  #: of its config node ``KD.<name>``, whose keys are ``defaults``
     defaults: ClassVar[Mapping[str, Any]] = {"ENABLED": False}
-    needs: ClassVar[frozenset[str]] = frozenset()  # offers that a host must have
-    in_training: ClassVar[bool] = True  # False: never built, has hooks of classes only
-    chooses_images: ClassVar[bool] = False  # has a sampler or changes images; one of a run may
-    reads_uncertainties: ClassVar[bool] = False  # needs :meth:`TrainingLoop.uncertainties`
-    old_names: ClassVar[tuple[str, ...]] = ()  # of its state in checkpoints of former versions
+    needs: ClassVar[frozenset[str]] = frozenset()  #: offers that a host must have
+    in_training: ClassVar[bool] = True  #: False: never built, has hooks of classes only
+    chooses_images: ClassVar[bool] = False  #: has a sampler or changes images; one of a run may
+    reads_uncertainties: ClassVar[bool] = False  #: needs :meth:`TrainingLoop.uncertainties`
+    old_names: ClassVar[tuple[str, ...]] = ()  #: of its state in checkpoints of former versions
 
     def __init__(self, cfg: Any, training_set: TrainingSet) -> None:
         """Build the procedure of a run; raises KDError for values that do not fit."""
@@ -167,7 +167,7 @@ class Procedure:
         return None
 
     def image_change(self) -> ImageChange | None:
-        """See :data:`ImageChange`."""
+        """The change of images before their augmentation; None leaves all as they are."""
         return None
 
     def on_batch(self, batch: Any, loop: TrainingLoop) -> Any:

@@ -48,13 +48,13 @@ class Distillation:
     """What turns a classifier's training into a distillation."""
 
     terms: Sequence[Term] | Mapping[str, Mapping[str, Any]]
-    teacher: FrozenTeacher | None = None  # None beside a booster
-    teacher_statistics: Statistics | None = None  # by default the student's
-    booster: Booster | None = None  # trains jointly and takes the teacher's place (Rocket)
-    task_weight: float = 1.0  # of the cross-entropy beside the terms; 0 leaves it out
+    teacher: FrozenTeacher | None = None  #: None beside a booster
+    teacher_statistics: Statistics | None = None  #: by default the student's
+    booster: Booster | None = None  #: trains jointly and takes the teacher's place (Rocket)
+    task_weight: float = 1.0  #: of the cross-entropy beside the terms; 0 leaves it out
     report_period: int = 1000
-    class_map: ClassMap | None = None  # of the teacher's ``logits``, if they need one
-    balance: Balance | None = None  # compares gradients on the whole student
+    class_map: ClassMap | None = None  #: of the teacher's ``logits``, if they need one
+    balance: Balance | None = None  #: compares gradients on the whole student
 
 
 class DistilledClassifier(nn.Module):

@@ -31,10 +31,10 @@ class Run:
 
     cfg: CfgNode
     start: Start
-    output: Path  # OUTPUT_DIR
-    seed: int  # in use, also where SEED is negative
-    weights: str  # the student's start, or what is evaluated
-    hardware: dict[str, Any]  # Lightning's arguments for devices
+    output: Path  #: OUTPUT_DIR
+    seed: int  #: in use, also where SEED is negative
+    weights: str  #: the student's start, or what is evaluated
+    hardware: dict[str, Any]  #: Lightning's arguments for devices
     log: RunLog
 
     @property

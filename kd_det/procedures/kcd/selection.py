@@ -21,11 +21,11 @@ EpsilonRule = Literal["reference", "paper"]
 class Partition(NamedTuple):
     """What one condensation decided. All are int64 indices, best rank first."""
 
-    order: Tensor  # every point that competed
-    keep: Tensor  # K1, the next active set
-    drop: Tensor  # K0, the ranks just below ``keep``, as many as this condensation removes
-    # K1L, the last of ``keep``, as many as ``drop`` where there are enough; they are blended with
-    # the first of ``drop``, one by one.
+    order: Tensor  #: every point that competed
+    keep: Tensor  #: K1, the next active set
+    drop: Tensor  #: K0, the ranks just below ``keep``, as many as this condensation removes
+    #: K1L, the last of ``keep``, as many as ``drop`` where there are enough; they are blended with
+    #: the first of ``drop``, one by one.
     tail: Tensor
 
 
