@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from kd_det.app.arguments import config_parser
-from kd_det.core.errors import KDError
+from kd_det.app.arguments import config_parser, reports_mistakes
 from kd_det.hosts.base import get_host, load_config
 
 _DESCRIPTION = "Strip a distilled checkpoint to the stock student."
@@ -16,6 +14,7 @@ example:
       --weights outputs/run/model_final.pth --output outputs/run/student"""
 
 
+@reports_mistakes
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Write the student's weights and config. Returns 2 for a mistake in the input."""
     parser = config_parser(_DESCRIPTION, _EXAMPLE, prog)
@@ -24,11 +23,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         "--output", required=True, metavar="DIR", help="for model.pth and config.yaml"
     )
     args = parser.parse_args(argv)
-    try:
-        cfg = load_config(args.config_file, args.opts)
-        model, config = get_host(cfg.HOST).export_student(cfg, args.weights, args.output)
-    except KDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    cfg = load_config(args.config_file, args.opts)
+    model, config = get_host(cfg.HOST).export_student(cfg, args.weights, args.output)
     print(f"student weights: {model}\nstudent config:  {config}")
     return 0

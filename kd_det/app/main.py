@@ -8,6 +8,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from kd_det.app.arguments import text_parser
+
 COMMANDS = {
     "train": ("kd_det.app.train", "train or evaluate a distilled detector or classifier"),
     "preflight": ("kd_det.app.preflight", "look at a run before it starts"),
@@ -36,17 +38,11 @@ EXTRAS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that is named first. Returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="kd-det",
-        description="Knowledge distillation for detectors and classifiers.",
-        epilog="\n".join(
-            [
-                "commands:",
-                *(f"  {name:<11} {line}" for name, (_, line) in COMMANDS.items()),
-                "\n'%(prog)s COMMAND --help' shows the arguments of a command.",
-            ]
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    commands = "\n".join(f"  {name:<11} {line}" for name, (_, line) in COMMANDS.items())
+    parser = text_parser(
+        "Knowledge distillation for detectors and classifiers.",
+        f"commands:\n{commands}\n\n'%(prog)s COMMAND --help' shows the arguments of a command.",
+        "kd-det",
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of the command")

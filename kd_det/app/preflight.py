@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_det.app.arguments import config_parser
-from kd_det.core.errors import KDError, fail
+from kd_det.app.arguments import config_parser, reports_mistakes
+from kd_det.core.errors import fail
 from kd_det.hosts.base import load_config
 from kd_det.preflight.context import Settings
 from kd_det.preflight.gate import preflight
@@ -24,20 +23,23 @@ example:
   %(prog)s --config-file configs/digits_torchvision/reviewkd_kd_frcnn.yaml"""
 
 
+@reports_mistakes
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Look. Returns 0 if the run is ready, 1 if not, and 2 for a mistake in the input."""
     args = argument_parser(prog).parse_args(argv)
+    for name in ("batches", "images", "seconds"):
+        if not getattr(args, name) > 0:
+            fail(
+                expected=f"--{name} above 0",
+                received=str(getattr(args, name)),
+                remedy="leave it out to take the default",
+            )
     settings = Settings(args.batches, args.images, args.seconds)
-    try:
-        _check(settings)
-        plan = read_plan(args.config_file, args.opts)
-        opts, remark = _first_stage(plan)
-        cfg = load_config(plan.file, [*plan.opts, *opts])
-        output = args.output or Path(plan.output if plan.stages else cfg.OUTPUT_DIR) / PREFLIGHT
-        report = preflight(cfg, output, settings, remark=remark)
-    except KDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    plan = read_plan(args.config_file, args.opts)
+    opts, remark = _first_stage(plan)
+    cfg = load_config(plan.file, [*plan.opts, *opts])
+    output = args.output or Path(plan.output if plan.stages else cfg.OUTPUT_DIR) / PREFLIGHT
+    report = preflight(cfg, output, settings, remark=remark)
     return 0 if report.ready else 1
 
 
@@ -79,17 +81,3 @@ def _first_stage(plan: Plan) -> tuple[list[str], str]:
             ". The others start from what it leaves: PREFLIGHT True looks at each before it starts"
         )
     return [*opts, *first.options(None)], remark
-
-
-def _check(settings: Settings) -> None:
-    for name, value in (
-        ("batches", settings.batches),
-        ("images", settings.images),
-        ("seconds", settings.seconds),
-    ):
-        if not value > 0:
-            fail(
-                expected=f"--{name} above 0",
-                received=str(value),
-                remedy="leave it out to take the default",
-            )

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from kd_det.core.errors import KDError
+from kd_det.app.arguments import reports_mistakes
 from kd_det.report.build import write_report
 
 
@@ -36,15 +36,12 @@ def argument_parser(prog: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+@reports_mistakes
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Write a report. Returns the exit status: 2 for a mistake in the input."""
     args = argument_parser(prog).parse_args(argv)
-    try:
-        page = write_report(
-            args.runs, args.baseline, args.teacher, args.output, measure=not args.no_measure
-        )
-    except KDError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    page = write_report(
+        args.runs, args.baseline, args.teacher, args.output, measure=not args.no_measure
+    )
     sys.stderr.write(f"Report: {page}\n")
     return 0

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from kd_det.app.arguments import config_parser
-from kd_det.core.errors import KDError
-from kd_det.hosts.base import Pictures, get_host, read_host
+from kd_det.app.arguments import config_parser, reports_mistakes
+from kd_det.hosts.base import Pictures, get_host, open_bench, read_host
 from kd_det.run.plan import Plan, Results, Start, read_plan, run_plan
 
 _DESCRIPTION = "Train or evaluate a distilled detector or classifier."
@@ -36,15 +34,12 @@ def argument_parser(prog: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+@reports_mistakes
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the host a config names. Returns the exit status: 2 for a mistake in the input."""
     args = vars(argument_parser(prog).parse_args(argv))
-    try:
-        plan = read_plan(args.pop("config_file"), args.pop("opts"))
-        results = train(plan, Start(**args))
-    except KDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    plan = read_plan(args.pop("config_file"), args.pop("opts"))
+    results = train(plan, Start(**args))
     if plan.seeds and results:
         print(_table(results, len(plan.seeds)))
     return 0
@@ -70,9 +65,9 @@ def train(plan: Plan, start: Start) -> Any:
 def make_pictures(cfg: CfgNode, model: nn.Module) -> Pictures:
     """The pictures of a run with ``VIS_PERIOD`` above 0."""
     # Imported only where it is wanted, because of the libraries that draw.
-    from kd_det.visualize.periodic import start_pictures
+    from kd_det.visualize.periodic import PeriodicPictures
 
-    return start_pictures(cfg, model)
+    return PeriodicPictures(open_bench(cfg, model=model), cfg.VIS_PERIOD)
 
 
 def _is_first(start: Start) -> bool:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_det.app.arguments import config_parser
-from kd_det.core.errors import KDError, fail
+from kd_det.app.arguments import config_parser, reports_mistakes
+from kd_det.core.errors import fail
 from kd_det.tuning.report import verdict
 from kd_det.tuning.search import Sweep
 from kd_det.tuning.space import SAMPLERS, Space, make_space
@@ -26,6 +26,7 @@ example:
       --seeds 1 2 --output outputs/tune"""
 
 
+@reports_mistakes
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Search; the exit status is 2 for bad input, 130 if interrupted, 1 if a value failed."""
     args = parse_arguments(argv, prog)
@@ -50,9 +51,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             num_gpus=args.num_gpus,
             stop=lambda: bool(received),
         )
-    except KDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("\nInterrupted; the same command continues where it was.", file=sys.stderr)
         return 130

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_det.app.arguments import config_parser
-from kd_det.core.errors import KDError
+from kd_det.app.arguments import config_parser, reports_mistakes
 from kd_det.visualize.run import visualize
 
 _DESCRIPTION = """\
@@ -20,22 +18,19 @@ example:
       --weights outputs/digits_torchvision/reviewkd_kd_frcnn/model_final.pth --output pictures"""
 
 
+@reports_mistakes
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Draw and list the files. Returns 2 for a mistake in the input."""
     args = argument_parser(prog).parse_args(argv)
-    try:
-        files = visualize(
-            args.config_file,
-            args.opts,
-            weights=args.weights,
-            images=args.images,
-            batches=args.batches,
-            rows=args.rows,
-            output=args.output,
-        )
-    except KDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    files = visualize(
+        args.config_file,
+        args.opts,
+        weights=args.weights,
+        images=args.images,
+        batches=args.batches,
+        rows=args.rows,
+        output=args.output,
+    )
     for file in files:
         print(file)
     return 0

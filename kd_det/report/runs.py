@@ -12,7 +12,7 @@ from typing import Any
 
 from kd_det.core.errors import KDError
 from kd_det.run.config import flatten, literal
-from kd_det.run.curves import curve_tag
+from kd_det.run.curves import CurveTag
 from kd_det.run.folder import CONFIG, DETECTIONS, FINAL, INFERENCE, METRICS, RECORD, RESULTS
 from kd_det.run.record import FAILED, RUNNING, read_record
 from kd_det.run.yaml_files import load_yaml
@@ -133,7 +133,8 @@ class Run:
     def tagged(self, stage: str = "") -> Curves:
         """Curves by the names that all hosts share, of one of :attr:`earlier` or the last stage."""
         curves = self.earlier.get(stage, {}) if stage else self.curves
-        return {curve_tag(name, self.terms): points for name, points in curves.items()}
+        tag = CurveTag(self.terms)
+        return {tag(name): points for name, points in curves.items()}
 
     def take(self, scores: Mapping[str, float], source: str) -> None:
         """Add scores, or replace them by better ones, with the file that they are from."""

@@ -11,35 +11,21 @@ GROUPS = ("raw", "weight", "share")
 _TASK_LOSSES = ("classification", "bbox_regression", "bbox_ctrness")
 
 
-def curve_tag(name: str, terms: Collection[str]) -> str:
-    """The tag of a logged scalar.
-
-    Args:
-        name: as it is logged: ``total_loss``, ``loss_cls``, a term, ``share/review``, ``lr``.
-        terms: names of the run's terms.
-
-    Returns:
-        ``loss/total``, ``loss/task/<name without loss_>``, ``loss/kd/<term>``; other names stay.
-    """
-    if name == "total_loss":
-        return "loss/total"
-    if name in terms:
-        return f"loss/kd/{name}"
-    if name in _TASK_LOSSES or name.startswith("loss_"):
-        return f"loss/task/{name.removeprefix('loss_')}"
-    return name
-
-
 @dataclass(frozen=True)
 class CurveTag:
-    """:func:`curve_tag` for one run: ``tag(name)``.
+    """``tag(name)``: the tag of a scalar that is logged, in a run with these terms.
 
-    Attributes:
-        terms: names of the run's terms.
+    ``total_loss`` becomes ``loss/total``, a term ``loss/kd/<term>``, a loss of the student
+    ``loss/task/<name without loss_>``; other names, such as ``share/review`` and ``lr``, stay.
     """
 
     terms: Collection[str] = ()
 
     def __call__(self, name: str) -> str:
-        """The tag of a logged scalar."""
-        return curve_tag(name, self.terms)
+        if name == "total_loss":
+            return "loss/total"
+        if name in self.terms:
+            return f"loss/kd/{name}"
+        if name in _TASK_LOSSES or name.startswith("loss_"):
+            return f"loss/task/{name.removeprefix('loss_')}"
+        return name

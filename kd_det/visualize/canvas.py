@@ -1,6 +1,6 @@
 """What all pictures share: grids of axes, one colour scale for both sides, and their look.
 
-Figures are made without ``pyplot``, so that no backend is chosen and nothing is kept by it.
+Figures are made without ``pyplot``, which would choose a backend and keep every figure.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from kd_det.visualize.pixels import Pictures
+from kd_det.visualize.watch import Pictures
 
 SIDES = ("student", "teacher")
 COLOURS = {"student": "tab:blue", "teacher": "tab:green"}
-#: Of values; the few above end in the colour of the largest, so that one cell cannot darken all.
+# The share of values inside a scale; larger ones have its last colour, so that a single cell cannot
+# darken all others.
 _COVERED = 0.995
 DPI = 130
 _BAR_HEIGHT = 0.12  # inches
@@ -35,13 +36,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 class Grid:
-    """Axes without ticks, row by row, titles over the columns and room for colour bars below.
-
-    Args:
-        figure: an empty figure.
-        rows: their number.
-        columns: the titles.
-    """
+    """Axes without ticks, row by row, with titles over the columns and room for colour bars."""
 
     def __init__(self, figure: Figure, rows: int, columns: Sequence[str]) -> None:
         height = figure.get_size_inches()[1] / rows
@@ -59,7 +54,7 @@ class Grid:
             axes.set_title(title, fontsize=9)
 
     def colour_bar(self, drawn: Any, first: int, last: int, label: str) -> None:
-        """A colour bar below these columns; pointed ends say where values exceed the scale."""
+        """A colour bar below some columns; a pointed end means that values exceed the scale."""
         place = self.figure.add_subplot(self._spec[-1, first : last + 1])
         ends: Any = "max" if drawn.norm.vmin == 0 else "both"
         bar = self.figure.colorbar(
@@ -70,23 +65,19 @@ class Grid:
 
 
 def show_picture(axes: Axes, image: Tensor, grey: bool = False) -> None:
-    """Draw an image ``[3, h, w]``; axes count its pixels."""
+    """Draw an image ``[3, h, w]``; the axes count its pixels."""
     h, w = image.shape[1:]
-    values: Any = image.permute(1, 2, 0).numpy()
-    extent = (0.0, float(w), float(h), 0.0)
-    if grey:
-        values = image.float().mean(dim=0).numpy()
-        axes.imshow(values, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation="nearest")
-    else:
-        axes.imshow(values, extent=extent, interpolation="nearest")
+    values = image.float().mean(dim=0) if grey else image.permute(1, 2, 0)
+    style: Any = {"cmap": "gray", "vmin": 0, "vmax": 255} if grey else {}
+    axes.imshow(values.numpy(), extent=(0, w, h, 0), interpolation="nearest", **style)
 
 
 def show_map(axes: Axes, cells: Tensor, pictures: Pictures, row: int, **style: Any) -> Any:
-    """Draw a map ``[h, w]`` where its cells lie on an image; what its padding holds is cut off.
+    """Draw a map where its cells lie on an image, without the cells of the padding.
 
     Args:
         axes: where to draw.
-        cells: numbers, or RGBA colours ``[h, w, 4]``.
+        cells: numbers ``[h, w]``, or RGBA colours ``[h, w, 4]``.
         pictures: the batch.
         row: index of the image.
         **style: of ``imshow``.
@@ -104,7 +95,7 @@ def show_map(axes: Axes, cells: Tensor, pictures: Pictures, row: int, **style: A
 
 
 def _covered(cells: int, pixels: int) -> float:
-    """Pixels that a row of cells covers; the last cell may stand over the edge."""
+    """Pixels that a row of cells covers; the last cell may reach beyond the edge."""
     stride = 2 ** round(math.log2(max(pixels / cells, 1)))
     return float(cells * stride if 0 <= cells * stride - pixels < stride else pixels)
 

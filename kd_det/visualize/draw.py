@@ -21,7 +21,7 @@ from kd_det.losses.mhgd.loss import MHGDLoss
 from kd_det.visualize.graphs import Nodes, edge_grid, head_grid
 from kd_det.visualize.logits import Head, class_grid, head_labels, roi_grid
 from kd_det.visualize.maps import attention_grid, feature_grid, mask_grid
-from kd_det.visualize.watch import Recording
+from kd_det.visualize.watch import Recording, listed
 
 Named = Iterator[tuple[str, Figure]]
 
@@ -125,8 +125,8 @@ def _heads(bench: Workbench, recording: Recording, term: Term, loss: MHGDLoss) -
 def _nodes(bench: Workbench, recording: Recording, label: str, count: int) -> Nodes:
     """Kind and groups of the rows of a tap."""
     if label.startswith(BOX_TAPS):
-        logits = _first(recording.teacher.get("box_logits"))
-        if logits is not None:
+        if "box_logits" in recording.teacher:
+            logits = listed(recording.teacher["box_logits"])[0]
             names = head_labels(bench.class_names("student"), logits.shape[1], bench.background)
             groups = logits.argmax(dim=1).cpu()
             return Nodes("RoIs", groups, dict(enumerate(names)), "the teacher's class")
@@ -144,10 +144,6 @@ def _nodes(bench: Workbench, recording: Recording, label: str, count: int) -> No
 def _thinned(count: int, most: int) -> Tensor:
     """The rows that graph losses relate: all, or ``MAX_NODES`` evenly spaced ones."""
     return torch.arange(most) * count // most if 0 < most < count else torch.arange(count)
-
-
-def _first(value: Tensor | list[Tensor] | None) -> Tensor | None:
-    return value[0] if isinstance(value, list) else value
 
 
 def _is_map(label: str, tensor: Tensor) -> bool:

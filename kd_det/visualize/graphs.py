@@ -1,10 +1,11 @@
-"""Pictures of relations: IRG's edges and the graphs of MHGD's heads, as matrices.
+"""IRG's edges and the graphs of MHGD's heads as matrices.
 
-Shapes: B nodes (images, or RoIs on detectors), H heads.
+Shapes: B nodes (images, or RoIs of a detector), H heads.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from kd_det.visualize.canvas import SIDES, Grid, common_scale, new_figure
 
-_SMALLEST_NAMED = 0.035  # of all nodes: names of smaller groups would overlap
+# The share of all nodes below which a group has no name, because names would overlap.
+_SMALLEST_NAMED = 0.035
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,10 @@ class Nodes:
     """How to order and name the nodes of a graph.
 
     Attributes:
-        kind: what a node is, ``"images"`` or ``"RoIs"``.
-        groups: ``[B]`` integers; nodes of one group stand side by side.
-        names: of each group that occurs; groups without one stay unnamed.
-        by: what the groups are, ``"true class"``.
+        kind: ``"images"`` or ``"RoIs"``.
+        groups: ``[B]`` integers; nodes of one group are drawn side by side.
+        names: by group; a group may have none.
+        by: what the groups are, such as ``"true class"``.
     """
 
     kind: str
@@ -35,19 +37,15 @@ class Nodes:
     by: str
 
     def thinned(self, index: Tensor) -> Nodes:
-        """Only these nodes."""
+        """The nodes of some indices."""
         return Nodes(self.kind, self.groups[index.cpu()], self.names, self.by)
 
     @property
-    def order(self) -> Tensor:
-        """Indices ``[B]`` that put groups side by side."""
-        return self.groups.argsort(stable=True)
-
-    @property
-    def extents(self) -> tuple[Tensor, Tensor]:
-        """The groups that occur, in this order, and where each ends."""
-        found, counts = self.groups.unique(sorted=True, return_counts=True)
-        return found, counts.cumsum(0)
+    def extents(self) -> list[tuple[int, int, int]]:
+        """Group, first index and end of the groups that occur, in the order they are drawn."""
+        groups, counts = (x.tolist() for x in self.groups.unique(return_counts=True))
+        ends = list(itertools.accumulate(counts))
+        return list(zip(groups, [0, *ends[:-1]], ends, strict=True))
 
 
 def edge_grid(layers: Sequence[tuple[str, Tensor, Tensor]], nodes: Nodes, name: str) -> Figure:
@@ -55,7 +53,7 @@ def edge_grid(layers: Sequence[tuple[str, Tensor, Tensor]], nodes: Nodes, name: 
 
     Args:
         layers: tap, student's and teacher's edges ``[B, B]``.
-        nodes: the B nodes.
+        nodes: of all layers.
         name: of the term.
     """
     figure = new_figure(9.6, 3.3 * len(layers) + 1.2)
@@ -83,8 +81,8 @@ def head_grid(pairs: Sequence[tuple[str, Tensor, Tensor]], nodes: Nodes, name: s
     """Graphs of MHGD's heads: per pair of taps a row of the student and one of the teacher.
 
     Args:
-        pairs: taps, student's and teacher's graphs ``[H, B, B]``, rows summing to 1.
-        nodes: the B nodes.
+        pairs: taps, student's and teacher's graphs ``[H, B, B]``, whose rows sum to 1.
+        nodes: of all graphs.
         name: of the term.
     """
     heads = pairs[0][1].shape[0]
@@ -108,29 +106,27 @@ def head_grid(pairs: Sequence[tuple[str, Tensor, Tensor]], nodes: Nodes, name: s
 
 
 def _ordered(matrix: Tensor, nodes: Nodes) -> Tensor:
-    order = nodes.order
+    order = nodes.groups.argsort(stable=True)
     return matrix.detach().float().cpu()[..., order, :][..., order]
 
 
 def _show_matrix(axes: Axes, matrix: Tensor, nodes: Nodes, **style: Any) -> Any:
     drawn = axes.imshow(matrix.numpy(), interpolation="nearest", **style)
-    _, ends = nodes.extents
-    for end in ends[:-1].tolist():
+    for _, _, end in nodes.extents[:-1]:
         axes.axhline(end - 0.5, color="grey", linewidth=0.3)
         axes.axvline(end - 0.5, color="grey", linewidth=0.3)
     return drawn
 
 
 def _name_groups(row: Sequence[Axes], nodes: Nodes) -> None:
-    """Names below every matrix of a row and left of its first."""
-    groups, ends = nodes.extents
-    starts = ends - ends.diff(prepend=ends.new_zeros(1))
-    places = [
-        ((start + end) / 2 - 0.5, nodes.names[group])
-        for group, start, end in zip(groups.tolist(), starts.tolist(), ends.tolist(), strict=True)
+    """Write names below every matrix of a row and left of the first."""
+    named = [
+        (group, start, end)
+        for group, start, end in nodes.extents
         if group in nodes.names and end - start >= _SMALLEST_NAMED * len(nodes.groups)
     ]
-    centres, names = [place for place, _ in places], [name for _, name in places]
+    centres = [(start + end) / 2 - 0.5 for _, start, end in named]
+    names = [nodes.names[group] for group, _, _ in named]
     long = any(len(name) > 2 for name in names)
     for axes in row:
         axes.set_xticks(centres, names, fontsize=6, rotation=90 if long else 0)

@@ -20,7 +20,7 @@ from torchvision.ops import nms
 from kd_det.core.numerics import full_precision
 from kd_det.losses.kd import kd_loss
 from kd_det.visualize.canvas import COLOURS, SIDES, new_figure, show_picture
-from kd_det.visualize.pixels import Pictures
+from kd_det.visualize.watch import Pictures
 
 ROIS = 10  # per image: more would hide each other, and so many colours can be told apart
 _OVERLAP = 0.5  # IoU above which the more disputed of two RoIs stands for both
@@ -31,13 +31,7 @@ _SHIFTS = (0.2, -0.2)  # of a row's two bars, in the order of SIDES
 
 @dataclass(frozen=True)
 class Head:
-    """How logits are read.
-
-    Attributes:
-        labels: the J names.
-        temperature: of the term that distils them.
-        activation: ``"softmax"`` or ``"sigmoid"``.
-    """
+    """Names of the J logits of a head, and the temperature and activation of their term."""
 
     labels: Sequence[str]
     temperature: float = 1.0
@@ -65,12 +59,9 @@ class Head:
 def head_labels(
     names: Sequence[str] | None, width: int, background: Literal["first", "last"]
 ) -> list[str]:
-    """Names of J logits: class names, with the background where there is one logit more.
+    """Names of J = ``width`` logits: of the classes, and of the background if there is one more.
 
-    Args:
-        names: of the classes; None, or another number than the logits have, gives numbers.
-        width: J.
-        background: where it is.
+    Numbers where the names of the classes are None or do not fit the number of logits.
     """
     known = list(names or [])
     if len(known) == width:
@@ -81,13 +72,7 @@ def head_labels(
 
 
 def disputed_rois(boxes: Tensor, divergences: Tensor, most: int = ROIS) -> Tensor:
-    """Indices of the RoIs on which both sides differ most, none twice.
-
-    Args:
-        boxes: ``[R, 4]``.
-        divergences: ``[R]``.
-        most: the largest number of indices.
-    """
+    """Indices of the ``most`` RoIs ``[R, 4]`` with the largest ``[R]`` divergences, none twice."""
     return nms(boxes.float().cpu(), divergences, _OVERLAP)[:most]
 
 
@@ -104,14 +89,14 @@ def roi_grid(
     Args:
         pictures: N images.
         boxes: of every image of the batch ``[R_i, 4]``, at least N.
-        student: ``[R, J]``, rows in the order of the boxes; the teacher's are alike.
-        head: how to read them.
+        student, teacher: logits ``[R, J]``, rows in the order of the boxes.
+        head: how to read the logits.
         name: of the term.
     """
-    height = 2.7
-    figure = new_figure(8.6, height * len(pictures) + 0.6)
+    figure = new_figure(8.6, 2.7 * len(pictures) + 0.6)
     grid = figure.subplots(len(pictures), 2, squeeze=False, gridspec_kw={"width_ratios": [1, 1.35]})
     counts = [len(b) for b in boxes]
+    colours = [colormaps["tab10"](i) if i != _GREY else "black" for i in range(ROIS)]
     rows = zip(student.split(counts), teacher.split(counts), strict=True)
     for k, (axes, (s, t)) in enumerate(zip(grid, rows, strict=False)):
         losses = head.divergences(s, t)
@@ -119,17 +104,12 @@ def roi_grid(
         show_picture(axes[0], pictures.images[k])
         axes[0].set(xticks=[], yticks=[])
         axes[0].set_xlabel(f"{len(chosen)} of {len(losses)} RoIs", fontsize=8)
-        colours = [colormaps["tab10"](i) if i != _GREY else "black" for i in range(ROIS)]
         _number_boxes(axes[0], boxes[k].cpu()[chosen], colours)
         own, other = (head.probabilities(x)[chosen] for x in (s, t))
         _top_classes(axes[1], own, other, losses[chosen], head.labels, colours)
     grid[0][1].set_title("most probable class of each side", fontsize=9)
-    grid[-1][1].set_xlabel("probability", fontsize=8)
-    _side_legend(figure)
-    figure.suptitle(
-        f"{name}: RoIs on which teacher and student differ most{head.softened}", fontsize=10
-    )
-    return figure
+    title = f"{name}: RoIs on which teacher and student differ most{head.softened}"
+    return _finished(figure, grid, title)
 
 
 def class_grid(
@@ -144,8 +124,8 @@ def class_grid(
 
     Args:
         pictures: N images.
-        student: ``[M, K]``; the teacher's are alike.
-        head: how to read them.
+        student, teacher: logits ``[M, K]``.
+        head: how to read the logits.
         name: of the term.
         truth: true classes ``[M]``.
     """
@@ -161,22 +141,16 @@ def class_grid(
         _bar_axes(axes[1], len(top))
         _paired_bars(axes[1], s[top], t[top])
         axes[1].set_yticks(range(len(top)), [head.labels[int(i)] for i in top], fontsize=8)
-    grid[-1][1].set_xlabel("probability", fontsize=8)
-    _side_legend(figure)
-    figure.suptitle(f"{name}: the teacher's top classes{head.softened}", fontsize=10)
-    return figure
+    return _finished(figure, grid, f"{name}: the teacher's top classes{head.softened}")
 
 
 def _number_boxes(axes: Axes, boxes: Tensor, colours: Sequence[Any]) -> None:
-    for number, ((x0, y0, x1, y1), colour) in enumerate(
-        zip(boxes.tolist(), colours, strict=False), 1
-    ):
-        axes.add_patch(
-            Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.4)
-        )
+    for k, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
+        style: Any = {"fill": False, "edgecolor": colours[k], "linewidth": 1.4}
+        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, **style))
         axes.text(
-            x0, y0, str(number), fontsize=6.5, color="white", va="center", ha="center",
-            bbox={"boxstyle": "circle,pad=0.2", "facecolor": colour, "linewidth": 0},
+            x0, y0, str(k + 1), fontsize=6.5, color="white", va="center", ha="center",
+            bbox={"boxstyle": "circle,pad=0.2", "facecolor": colours[k], "linewidth": 0},
             clip_on=True,
         )  # fmt: skip
 
@@ -226,6 +200,11 @@ def _paired_bars(axes: Axes, student: Tensor, teacher: Tensor) -> None:
         axes.barh(places, values.tolist(), 0.38, color=COLOURS[side])
 
 
-def _side_legend(figure: Figure) -> None:
-    handles = [Rectangle((0, 0), 1, 1, color=COLOURS[side]) for side in reversed(SIDES)]
-    figure.legend(handles, list(reversed(SIDES)), loc="outside lower center", ncols=2, fontsize=8)
+def _finished(figure: Figure, grid: Any, title: str) -> Figure:
+    """The figure with its title, a legend of the two sides, and a label below the bars."""
+    grid[-1][1].set_xlabel("probability", fontsize=8)
+    sides = SIDES[::-1]
+    handles = [Rectangle((0, 0), 1, 1, color=COLOURS[side]) for side in sides]
+    figure.legend(handles, sides, loc="outside lower center", ncols=2, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure

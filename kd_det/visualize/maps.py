@@ -1,6 +1,7 @@
 """Pictures of maps: features, AT's attention and FGFI's masks.
 
-Shapes: the first N images of a batch are drawn; maps may hold more, ``[M, C, h, w]``.
+Shapes: the first N images of a batch of M are drawn. A student's maps are ``[M, C_s, h, w]``, the
+teacher's ``[M, C_t, h', w']``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from kd_det.visualize.canvas import (
     show_map,
     show_picture,
 )
-from kd_det.visualize.pixels import Pictures
+from kd_det.visualize.watch import Pictures
 
 _CELL = 2.0  # inches
 _MASK_RGBA = (1.0, 0.35, 0.0, 0.55)
@@ -35,11 +36,13 @@ def feature_grid(pictures: Pictures, student: Tensor, teacher: Tensor, tap: str)
 
     Args:
         pictures: N images.
-        student: ``[M, C_s, h, w]``.
-        teacher: ``[M, C_t, h', w']``.
+        student, teacher: their maps at the tap.
         tap: its name, for the title.
     """
-    maps = [_mean_activation(x, len(pictures)) for x in (student, teacher)]
+    maps = [
+        full_precision(x[: len(pictures)].detach()).abs().mean(dim=1).cpu()
+        for x in (student, teacher)
+    ]
     columns = [f"{side}, {shape_of(x)}" for side, x in zip(SIDES, (student, teacher), strict=True)]
     grid = _map_grid(pictures, columns)
     scale = common_scale(*maps)
@@ -52,55 +55,36 @@ def feature_grid(pictures: Pictures, student: Tensor, teacher: Tensor, tap: str)
     return grid.figure
 
 
-def attention_maps(student: Tensor, teacher: Tensor, p: float, most: int) -> tuple[Tensor, Tensor]:
-    """What AT compares: attention of both sides at their smaller height and width.
-
-    Args:
-        student: ``[M, C_s, h, w]``.
-        teacher: ``[M, C_t, h', w']``.
-        p: see :func:`kd_det.losses.at.attention_map`.
-        most: number of images.
-
-    Returns:
-        Two ``[N, min(h, h'), min(w, w')]`` of Euclidean length 1 per image.
-    """
-    size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-    pooled = [
-        F.adaptive_avg_pool2d(full_precision(x[:most].detach()), size) for x in (student, teacher)
-    ]
-    s, t = (attention_map(x, p).unflatten(1, size).cpu() for x in pooled)
-    return s, t
-
-
 def attention_grid(
     pictures: Pictures, student: Tensor, teacher: Tensor, tap: str, p: float = 2
 ) -> Figure:
-    """AT's attention maps over the image: student, teacher and what the student lacks.
+    """AT's attention maps over the image, at the smaller height and width, and their difference.
 
     Args:
         pictures: N images.
-        student: ``[M, C_s, h, w]``.
-        teacher: ``[M, C_t, h', w']``.
+        student, teacher: their maps at the tap.
         tap: its name, for the title.
-        p: see :func:`kd_det.losses.at.attention_map`.
+        p: the exponent; see :func:`kd_det.losses.at.attention_map`.
     """
-    s, t = attention_maps(student, teacher, p, len(pictures))
+    sides = [full_precision(x[: len(pictures)].detach()) for x in (student, teacher)]
+    size = (min(x.shape[2] for x in sides), min(x.shape[3] for x in sides))
+    s, t = (
+        attention_map(F.adaptive_avg_pool2d(x, size), p).unflatten(1, size).cpu() for x in sides
+    )
     grid = _map_grid(pictures, [*SIDES, "teacher − student"])
     scale, signed = common_scale(s, t), common_scale(t - s, around=0)
+    layers = ((s, scale, "inferno"), (t, scale, "inferno"), (t - s, signed, "RdBu_r"))
     for row, axes in enumerate(grid.axes):
         show_picture(axes[0], pictures.images[row])
-        for cell, side in zip(axes[1:3], (s, t), strict=True):
+        drawn = []
+        for cell, (maps, norm, cmap) in zip(axes[1:], layers, strict=True):
             show_picture(cell, pictures.images[row], grey=True)
-            drawn = show_map(cell, side[row], pictures, row, norm=scale, cmap="inferno", alpha=0.65)
-        show_picture(axes[3], pictures.images[row], grey=True)
-        lacking = show_map(
-            axes[3], (t - s)[row], pictures, row, norm=signed, cmap="RdBu_r", alpha=0.65
-        )
-    grid.colour_bar(drawn, 1, 2, "one scale for both sides")
-    grid.colour_bar(lacking, 3, 3, "difference")
+            drawn.append(show_map(cell, maps[row], pictures, row, norm=norm, cmap=cmap, alpha=0.65))
+    grid.colour_bar(drawn[0], 1, 2, "one scale for both sides")
+    grid.colour_bar(drawn[2], 3, 3, "difference")
     grid.figure.suptitle(
         f"Attention at {tap}: mean of |activation|$^{{{p:g}}}$ over channels, "
-        f"length 1 per image, {s.shape[1]} × {s.shape[2]}",
+        f"length 1 per image, {size[0]} × {size[1]}",
         fontsize=10,
     )
     return grid.figure
@@ -113,7 +97,7 @@ def mask_grid(
 
     Args:
         pictures: N images.
-        masks: tap to bool ``[M, h, w]``.
+        masks: bool ``[M, h, w]`` by tap.
         boxes: per image ``[G, 4]`` pixels of the padded batch.
         name: of the term.
     """
@@ -139,7 +123,3 @@ def _map_grid(pictures: Pictures, columns: Sequence[str]) -> Grid:
     height = _CELL * min(max(h / w, 0.5), 2) * len(pictures) + 1.0
     figure = new_figure(_CELL * (len(columns) + 1), height)
     return Grid(figure, len(pictures), ["image", *columns])
-
-
-def _mean_activation(maps: Tensor, most: int) -> Tensor:
-    return full_precision(maps[:most].detach()).abs().mean(dim=1).cpu()

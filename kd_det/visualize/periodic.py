@@ -8,11 +8,9 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 
-from fvcore.common.config import CfgNode
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_det.bench.workbench import Workbench
-from kd_det.hosts.base import open_bench
 from kd_det.visualize.canvas import to_pixels
 from kd_det.visualize.draw import draw
 from kd_det.visualize.watch import Recording, watching
@@ -20,11 +18,6 @@ from kd_det.visualize.watch import Recording, watching
 IMAGES = 4
 
 logger = logging.getLogger(__name__)
-
-
-def start_pictures(cfg: CfgNode, model: nn.Module) -> PeriodicPictures:
-    """The pictures of a run; a :data:`kd_det.hosts.base.MakePictures`."""
-    return PeriodicPictures(open_bench(cfg, model=model), cfg.VIS_PERIOD)
 
 
 class PeriodicPictures:

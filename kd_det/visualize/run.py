@@ -8,17 +8,17 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fvcore.common.config import CfgNode
+from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from kd_det.bench.workbench import Workbench
-from kd_det.core.errors import fail
+from kd_det.core.errors import check_at_least, fail
 from kd_det.core.files import writable_folder
 from kd_det.hosts.base import load_config, open_bench
 from kd_det.run.config import read_terms
 from kd_det.run.folder import PICTURES
 from kd_det.visualize.draw import draw
-from kd_det.visualize.pixels import read_pictures
 from kd_det.visualize.watch import Recording, watching
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def visualize(
 
     Args:
         config_file: of any host.
-        overrides: of config keys, ``KEY VALUE``.
+        overrides: ``KEY VALUE`` of config keys.
         weights: the student's; empty takes ``MODEL.WEIGHTS``.
         images: files to draw in place of training batches, as one batch without ground truth.
         batches: how many training batches; with several, each has a folder ``batch_<k>``.
@@ -53,13 +53,23 @@ def visualize(
             decoded, an output folder that is not empty or not writable, or whatever the host
             refuses.
     """
-    for name, number in (("--batches", batches), ("--rows", rows)):
-        if number < 1:
-            fail(expected=f"{name} of at least 1", received=str(number), remedy="correct it")
+    check_at_least("--batches", batches, 1)
+    check_at_least("--rows", rows, 1)
     cfg = load_config(config_file, overrides)
-    _check_terms(cfg)
-    pictures = read_pictures(images)
-    folder = _writable(output or Path(cfg.OUTPUT_DIR) / PICTURES)
+    if not cfg.KD.ENABLED or not read_terms(cfg):
+        fail(
+            expected="a config that distils: KD.ENABLED True and KD.TERMS",
+            received=f"KD.ENABLED {cfg.KD.ENABLED} and {len(cfg.KD.TERMS)} terms",
+            remedy="give the config of a distillation",
+        )
+    pictures = [read_picture(path) for path in images]
+    folder = writable_folder(output or Path(cfg.OUTPUT_DIR) / PICTURES)
+    if any(folder.iterdir()):
+        fail(
+            expected="the output folder to be new or empty",
+            received=f"'{folder}', which holds files",
+            remedy="give another --output, or remove what is there",
+        )
     bench = open_bench(cfg, weights)
     if bench.distiller is None:
         fail(
@@ -113,22 +123,19 @@ def _save(bench: Workbench, recording: Recording, folder: Path) -> list[Path]:
     return files
 
 
-def _check_terms(cfg: CfgNode) -> None:
-    if not cfg.KD.ENABLED or not read_terms(cfg):
-        fail(
-            expected="a config that distils: KD.ENABLED True and KD.TERMS",
-            received=f"KD.ENABLED {cfg.KD.ENABLED} and {len(cfg.KD.TERMS)} terms",
-            remedy="give the config of a distillation",
-        )
+def read_picture(path: Path) -> Tensor:
+    """An image file as uint8 RGB ``[3, H, W]``.
 
-
-def _writable(folder: Path) -> Path:
-    """The folder, made; nothing that lies there is overwritten."""
-    writable_folder(folder)
-    if any(folder.iterdir()):
+    Raises:
+        KDError: the file is missing or cannot be decoded.
+    """
+    try:
+        with Image.open(path) as file:
+            return pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
+    # Broken files make Pillow raise anything: TypeError and struct.error of a damaged EXIF, too.
+    except Exception as error:
         fail(
-            expected="the output folder to be new or empty",
-            received=f"'{folder}', which holds files",
-            remedy="give another --output, or remove what is there",
+            expected="image files that Pillow can decode",
+            received=f"'{path}' ({' '.join(str(error).split())})",
+            remedy="correct the path, or convert the file to PNG or JPEG",
         )
-    return folder

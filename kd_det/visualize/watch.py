@@ -1,6 +1,7 @@
 """Records the arguments of the distiller in a training forward, with the images and boxes.
 
-Hooks exist only inside :func:`watching`; outside it nothing is computed, copied or kept.
+Hooks exist only inside :func:`watching`; outside it nothing is computed, copied or kept. Images are
+taken from the tensor that enters the student's backbone, because taps and boxes lie on its grid.
 """
 
 from __future__ import annotations
@@ -12,13 +13,56 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kd_det.bench.workbench import PixelInput, Workbench
 from kd_det.core.terms import Term
-from kd_det.visualize.pixels import Pictures, seen_pictures
 
 Values = Mapping[str, Tensor | list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images of one batch.
+
+    Attributes:
+        images: per image uint8 RGB ``[3, h, w]``, without padding.
+        size: ``(H, W)`` of the padded batch, the pixels that feature maps cover; padding is at
+            the right and at the bottom.
+    """
+
+    images: Sequence[Tensor]
+    size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def seen_pictures(batch: Tensor, pixels: PixelInput, most: int) -> Pictures:
+    """Undo the normalisation of a batch.
+
+    Args:
+        batch: ``[N, 3, H, W]`` as it enters the backbone.
+        pixels: what the model expects, hence what was done to it.
+        most: the largest number of images to take, from the first on.
+    """
+    size = (batch.shape[2], batch.shape[3])
+    batch = batch[:most].detach().float().cpu()
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (pixels.mean, pixels.std))
+    values = ((batch * std + mean) * (255 / pixels.scale)).round().clamp(0, 255).to(torch.uint8)
+    if pixels.order == "BGR":
+        values = values.flip(1)
+    return Pictures(
+        [image[:, :h, :w] for image, (h, w) in zip(values, map(_filled, batch), strict=True)], size
+    )
+
+
+def _filled(image: Tensor) -> tuple[int, int]:
+    """Height and width without padding, which is exactly 0 after normalisation."""
+    filled = (image != 0).any(dim=0)
+    h, w = (int(filled.any(dim=d).nonzero().max()) + 1 if filled.any() else 0 for d in (1, 0))
+    return h or image.shape[1], w or image.shape[2]
 
 
 @dataclass(frozen=True)
@@ -27,8 +71,7 @@ class Recording:
 
     Attributes:
         pictures: the first images of the batch.
-        student: tensors by tap name, a list where a name stands for several.
-        teacher: tensors by tap name, as of the student.
+        student, teacher: tensors by tap name, a list where a name stands for several.
         context: see :meth:`kd_det.Distiller.forward`.
         boxes: per cascade stage, per image ``[R, 4]`` in pixels of the padded batch; empty
             without RoIs.
@@ -45,7 +88,7 @@ class Recording:
         pairs = []
         for s, t in term.taps:
             label = s if s == t else f"{s} | {t}"
-            several = list(zip(_listed(self.student[s]), _listed(self.teacher[t]), strict=True))
+            several = list(zip(listed(self.student[s]), listed(self.teacher[t]), strict=True))
             for k, (own, other) in enumerate(several, 1):
                 pairs.append((f"{label} stage {k}" if len(several) > 1 else label, own, other))
         return pairs
@@ -56,7 +99,8 @@ class Recording:
         return [value[tap] for tap, _ in term.taps] if isinstance(value, Mapping) else value
 
 
-def _listed(value: Any) -> list[Tensor]:
+def listed(value: Any) -> list[Tensor]:
+    """The tensors that a name stands for, one or several."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
@@ -69,7 +113,7 @@ def watching(bench: Workbench, images: int) -> Iterator[list[Recording]]:
         images: how many images of each batch to keep, from the first on.
 
     Yields:
-        The recordings, growing.
+        The recordings so far.
     """
     assert bench.distiller is not None
     watch = _Watch(bench.pixel_input("student"), images)
@@ -125,12 +169,8 @@ class _Watch:
 
 def _detached(values: Mapping[str, Any]) -> Values:
     return {
-        name: [v.detach() for v in value] if isinstance(value, (list, tuple)) else value.detach()
+        name: value.detach() if isinstance(value, Tensor) else [v.detach() for v in value]
         for name, value in values.items()
         # Hosts add values for their own use, such as boxes.
-        if isinstance(value, Tensor) or _is_tensors(value)
+        if all(isinstance(v, Tensor) for v in listed(value))
     }
-
-
-def _is_tensors(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(v, Tensor) for v in value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kd_det.run.curves import curve_tag
+from kd_det.run.curves import CurveTag
 
 TERMS = ("review", "roi_logits")
 
@@ -25,8 +25,8 @@ TERMS = ("review", "roi_logits")
     ],
 )
 def test_a_loss_is_a_task_loss_a_term_or_the_total_and_all_else_keeps_its_name(name, tag):
-    assert curve_tag(name, TERMS) == tag
+    assert CurveTag(TERMS)(name) == tag
 
 
 def test_a_term_that_is_named_like_a_task_loss_is_a_term():
-    assert curve_tag("loss_hint", ["loss_hint"]) == "loss/kd/loss_hint"
+    assert CurveTag(["loss_hint"])("loss_hint") == "loss/kd/loss_hint"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kd_det.data.digits.detection import DigitsSpec, write_digits
-from kd_det.visualize.pixels import Pictures
+from kd_det.visualize.watch import Pictures
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from kd_det.app.train import make_pictures
 from kd_det.hosts.base import open_bench
 from kd_det.hosts.detectron2.datasets import register_datasets
 from kd_det.hosts.detectron2.train import run_in_process
 from kd_det.visualize.draw import draw
-from kd_det.visualize.periodic import start_pictures
 from kd_det.visualize.run import visualize
 from kd_det.visualize.watch import watching
 from tests.hosts.detectron2.models import all_terms, batch, build, distilled_cfg, write_teacher
@@ -53,7 +53,7 @@ def test_a_detector_trains_bit_identically_with_pictures(teachers, digits, tmp_p
         cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path / name), "VIS_PERIOD", period])
         (tmp_path / name).mkdir()
         seed_all_rng(cfg.SEED)
-        run_in_process(cfg, pictures=start_pictures)
+        run_in_process(cfg, pictures=make_pictures)
         weights.append(torch.load(tmp_path / name / "model_final.pth", weights_only=False)["model"])
     plain, drawn = weights
     assert plain.keys() == drawn.keys()

@@ -9,10 +9,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from kd_det.app.train import make_pictures
 from kd_det.hosts.torchvision_detection.config import load_config
 from kd_det.hosts.torchvision_detection.train import run
 from kd_det.visualize import periodic
-from kd_det.visualize.periodic import PeriodicPictures, start_pictures
+from kd_det.visualize.periodic import PeriodicPictures
 from tests.visualize.test_draw import Classifier
 
 
@@ -34,7 +35,7 @@ def test_a_detector_trains_bit_identically_with_pictures(options, tmp_path):
     for name, period in (("plain", 0), ("drawn", 2)):
         own = ["OUTPUT_DIR", str(tmp_path / name), "VIS_PERIOD", str(period)]
         cfg = load_config("configs/digits_torchvision/kd_frcnn.yaml", [*options, *own])
-        run(cfg, progress=lambda *_: None, pictures=start_pictures)
+        run(cfg, progress=lambda *_: None, pictures=make_pictures)
     assert same(weights(tmp_path / "plain"), weights(tmp_path / "drawn"))
     assert images_of(tmp_path / "plain" / "tensorboard") == {}
     assert images_of(tmp_path / "drawn" / "tensorboard") == {"distilled/rois": [0, 2]}

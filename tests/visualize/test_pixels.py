@@ -10,7 +10,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from kd_det.bench.workbench import PixelInput
-from kd_det.visualize.pixels import read_pictures, seen_pictures
+from kd_det.visualize.run import read_picture
+from kd_det.visualize.watch import seen_pictures
 
 RGB = PixelInput("RGB", (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), scale=1, divisor=32)
 BGR = PixelInput("BGR", (103.53, 116.28, 123.675), (57.375, 57.12, 58.395), scale=255, divisor=32)
@@ -44,7 +45,7 @@ def test_an_image_of_the_mean_colour_is_kept_whole():
 def test_files_become_rgb_bytes(tmp_path):
     Image.new("L", (5, 4), 7).save(tmp_path / "grey.png")
     Image.new("RGBA", (3, 2), (1, 2, 3, 255)).save(tmp_path / "alpha.png")
-    grey, alpha = read_pictures([tmp_path / "grey.png", tmp_path / "alpha.png"])
+    grey, alpha = (read_picture(tmp_path / f"{name}.png") for name in ("grey", "alpha"))
     assert torch.equal(grey, torch.full((3, 4, 5), 7, dtype=torch.uint8))
     assert alpha[:, 0, 0].tolist() == [1, 2, 3]
     assert alpha.shape == (3, 2, 3)
@@ -66,4 +67,4 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, refuses, kind):
         broken = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + packed + bytes(4)
         Image.new("RGB", (4, 4)).save(path, "JPEG", exif=broken)
     with refuses("decode", str(path)):
-        read_pictures([path])
+        read_picture(path)

@@ -1,4 +1,4 @@
-"""The phases of the quickstart, its table and its last sentence."""
+"""The phases of the quickstart, its table, its pictures and its last sentence."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
-from kd_det.app.quickstart.pictures import draw_curves
 from kd_det.bench.workbench import Detections, Workbench, parameters
 from kd_det.data.catalogue import data_root
 from kd_det.data.digits.detection import DigitsSpec, write_digits
 from kd_det.document.detections import draw_detections
 from kd_det.hosts.base import Host, get_host
 from kd_det.hosts.lightning.loss_table import bar_columns
-from kd_det.run.folder import CONFIG, FINAL, LOG, RESULTS
+from kd_det.run.folder import CONFIG, FINAL, LOG, METRICS, RESULTS
+from kd_det.run.json_lines import read_json_lines
 from kd_det.run.plan import Results, Start
 
 CONFIGS = Path("configs")  # those of the package where the working directory has none
@@ -63,15 +62,12 @@ PHASES = (TEACHER, ALONE, DISTILLED)
 
 
 def quickstart(host_name: str, output: Path, opts: Sequence[str] = ()) -> dict[str, Results]:
-    """Run or continue all phases and write table and pictures below ``output``.
+    """Run or continue all phases, print a table and draw pictures; returns the results by phase.
 
     Args:
         host_name: a key of :data:`HOSTS`.
         output: folder of all runs and pictures.
         opts: further config overrides, the same for all phases.
-
-    Returns:
-        Results per phase.
     """
     host = get_host(host_name)
     # Of the standard output as it is now: while a host runs, that is a log file.
@@ -83,24 +79,21 @@ def quickstart(host_name: str, output: Path, opts: Sequence[str] = ()) -> dict[s
         f"{torch.get_num_threads()} threads. Everything goes to {output}/ and can be interrupted "
         "and started again."
     )
-    with Progress(
-        *bar_columns(26),
-        console=console,
-        redirect_stdout=False,
-    ) as progress:
+    with Progress(*bar_columns(26), console=console, redirect_stdout=False) as progress:
         data = _write_data(progress)
-        results = {}
-        for phase in PHASES:
-            results[phase.name] = _train(host, phase, runs, opts, progress)
+        results = {p.name: _train(host, p, runs, opts, progress) for p in PHASES}
     console.print(f"Trained in {(time.monotonic() - started) / 60:.1f} minutes.\n")
-    benches = {phase: _open_bench(host, runs / phase.name) for phase in PHASES}
-    images, truth = _validation_images(*data["digits_val"])
+    benches = {}
+    for phase in PHASES:
+        cfg = host.load_config(str(runs / phase.name / CONFIG), ())
+        benches[phase] = host.open_bench(cfg, str(runs / phase.name / FINAL), False)
+    images = benches[TEACHER].validation_pictures(_TIMED_IMAGES)
     console.print(_table(benches, results, images))
     output.mkdir(parents=True, exist_ok=True)
     students = {phase.label: runs / phase.name for phase in (ALONE, DISTILLED)}
-    draw_curves(students, results[TEACHER.name]["bbox"]["AP"], output / "curves.png")
+    _draw_curves(students, results[TEACHER.name]["bbox"]["AP"], output / "curves.png")
     shown = images[:_SHOWN_IMAGES]
-    columns: dict[str, list[Detections]] = {"ground truth": truth[:_SHOWN_IMAGES]}
+    columns = {"ground truth": _ground_truth(data["digits_val"][0])}
     for phase, bench in benches.items():
         columns[phase.label] = [bench.predict("student", image) for image in shown]  # type: ignore[misc]
     draw_detections(shown, columns, output / "detections.png")
@@ -152,12 +145,6 @@ def _train(
     return metrics
 
 
-def _open_bench(host: Host, output: Path) -> Workbench:
-    """The trained plain student of a finished run."""
-    cfg = host.load_config(str(output / CONFIG), ())
-    return host.open_bench(cfg, str(output / FINAL), False)
-
-
 @contextlib.contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Send what libraries print and log to a file, so that the screen shows progress only."""
@@ -177,30 +164,22 @@ def log_to(path: Path) -> Iterator[None]:
             logging.captureWarnings(False)
 
 
-def _validation_images(json_file: Path, root: Path) -> tuple[list[Tensor], list[Detections]]:
+def _ground_truth(json_file: Path) -> list[Detections]:
+    """The annotations of the first images."""
     content = json.loads(json_file.read_text())
-    images, truth = [], []
-    for record in content["images"][:_TIMED_IMAGES]:
-        with Image.open(root / record["file_name"]) as file:
-            images.append(pil_to_tensor(file.convert("RGB")))
+    classes = sorted(category["id"] for category in content["categories"])
+    truth = []
+    for record in content["images"][:_SHOWN_IMAGES]:
         own = [a for a in content["annotations"] if a["image_id"] == record["id"]]
         boxes = torch.tensor([a["bbox"] for a in own]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        classes = sorted(category["id"] for category in content["categories"])
-        truth.append(
-            Detections(
-                boxes,
-                torch.tensor([classes.index(a["category_id"]) for a in own]),
-                torch.ones(len(own)),
-            )
-        )
-    return images, truth
+        labels = torch.tensor([classes.index(a["category_id"]) for a in own])
+        truth.append(Detections(boxes, labels, torch.ones(len(own))))
+    return truth
 
 
 def _table(
-    benches: dict[Phase, Workbench],
-    results: dict[str, Results],
-    images: Sequence[Tensor],
+    benches: dict[Phase, Workbench], results: dict[str, Results], images: Sequence[Tensor]
 ) -> Table:
     table = Table(title="Box AP on validation images whose digits were never trained on")
     for column in ("model", "AP", "AP50", "parameters", "ms per image", "gap recovered"):
@@ -229,6 +208,32 @@ def _milliseconds(bench: Workbench, images: Sequence[Tensor]) -> float:
         bench.predict("student", image)
         times.append(time.perf_counter() - start)
     return 1000 * statistics.median(times[2:])
+
+
+def read_curve(metrics: Path, key: str) -> tuple[list[int], list[float]]:
+    """Iterations and values of one metric from ``metrics.json``."""
+    lines = read_json_lines(metrics)
+    # A continued run repeats the iterations after its last checkpoint: the later value counts.
+    points = {line["iteration"] + 1: line[key] for line in lines if key in line}
+    return sorted(points), [points[x] for x in sorted(points)]
+
+
+def _draw_curves(runs: Mapping[str, Path], teacher_ap: float, path: Path) -> None:
+    """Validation AP over training iterations of each student, with the teacher's as a line."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for (label, output), colour in zip(runs.items(), ("tab:gray", "tab:blue"), strict=True):
+        x, y = read_curve(output / METRICS, "bbox/AP")
+        axes.plot(x, y, marker="o", label=label, color=colour)
+        axes.annotate(f"{y[-1]:.1f}", (x[-1], y[-1]), xytext=(6, -3), textcoords="offset points")
+    axes.axhline(teacher_ap, linestyle="--", color="tab:green", label=f"teacher ({teacher_ap:.1f})")
+    axes.set(xlabel="training iteration", ylabel="box AP on validation images (%)")
+    axes.set_title("The same student, alone and with a teacher")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.08)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
 
 
 def _next_step(host_name: str) -> str:

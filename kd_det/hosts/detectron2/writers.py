@@ -1,7 +1,7 @@
 """Writers of a run's numbers: Detectron2's own, with the tags that all hosts share.
 
 ``metrics.json`` keeps the names a loss is logged under; TensorBoard and the services of ``LOGGERS``
-show :func:`kd_det.run.curves.curve_tag` of them.
+show :class:`kd_det.run.curves.CurveTag` of them.
 """
 
 from __future__ import annotations

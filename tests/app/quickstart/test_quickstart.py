@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kd_det.app.quickstart import pictures, run
+from kd_det.app.quickstart import run
 from kd_det.data.digits.detection import DigitsSpec, digits_paths
 
 HOSTS = [
@@ -82,4 +82,4 @@ def test_a_repeated_iteration_counts_once_and_the_later_value_holds(tmp_path):
     lines = [{"iteration": i, "bbox/AP": v} for i, v in ((9, 1.0), (19, 2.0), (9, 3.0))]
     path = tmp_path / "metrics.json"
     path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"iteration": 29}]))
-    assert pictures.read_curve(path, "bbox/AP") == ([10, 20], [3.0, 2.0])
+    assert run.read_curve(path, "bbox/AP") == ([10, 20], [3.0, 2.0])
