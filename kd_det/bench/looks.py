@@ -1,8 +1,7 @@
-"""What hosts share in showing a run: looks that leave the model as it was, batches that repeat."""
+"""What workbenches share: forwards that leave a model as it was, and batches that repeat."""
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -44,23 +43,20 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 def training_losses(
     model: nn.Module, distiller: Distiller | None, *arguments: Any
 ) -> dict[str, Tensor]:
-    """One training forward that leaves no trace but in the random streams.
+    """The losses of one training forward that changes nothing but the random streams.
 
-    BatchNorm's statistics and all other buffers are copies for this forward, which the graph
-    keeps; the step of schedules and balance stays.
+    They are in the graph of the model's own parameters. BatchNorm's statistics and all other
+    buffers are copies; the step of schedules and balance stays.
 
     Args:
         model: what trains.
         distiller: the part of it that counts steps.
         *arguments: of the model's forward.
-
-    Returns:
-        Its losses, in the graph of the model's own parameters.
     """
     with modes_kept(model):
         model.train()
         if distiller is not None:
-            # Of this module alone: it counts the steps, the losses inside must train.
+            # Of this module alone: it counts the steps, and the losses inside must train.
             distiller.training = False
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         losses: dict[str, Tensor] = functional_call(model, buffers, arguments)
@@ -75,14 +71,12 @@ def repeatable(loader: Iterable[Any], seed_all: Callable[[int], Any], seed: int)
         seed_all: seeds these streams.
         seed: of the first batch; each further one has the next.
     """
-    batches = iter(loader)
-    for step in itertools.count():
-        seed_all(seed + step)
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
+    batches, end = iter(loader), object()
+    seed_all(seed)
+    while (batch := next(batches, end)) is not end:
         yield batch
+        seed += 1
+        seed_all(seed)
 
 
 def load_learned(distiller: Distiller, weights: str) -> None:
@@ -131,17 +125,16 @@ def export_problems(
     reload: Callable[[Path, Path], nn.Module],
     outputs: Callable[[nn.Module], Mapping[str, Tensor]],
 ) -> list[str]:
-    """What differs between a student and the stock model that loads its exported checkpoint.
+    """A sentence per difference of a student and the stock model that loads its checkpoint.
+
+    Nothing is left on disk.
 
     Args:
         model: what trains; its ``state_dict()`` is what the run would write.
         student: the stock model inside.
         reload: ``(checkpoint, new folder) -> stock model``: exports the checkpoint into the
-            folder, builds the stock model from what lies there, and loads it.
+            folder, builds the stock model from the files there, and loads it.
         outputs: named tensors of one forward in eval mode.
-
-    Returns:
-        A sentence per fault; empty if there is none. Nothing is left on disk.
     """
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "model_final.pth"

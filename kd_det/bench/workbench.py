@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,36 +36,22 @@ _GREY = torch.full((3, 480, 640), 128, dtype=torch.uint8)
 
 @dataclass(frozen=True)
 class Detections:
-    """Detections of one image.
+    """Detections of one image."""
 
-    Attributes:
-        boxes: ``[D, 4]`` absolute ``(x1, y1, x2, y2)`` pixels.
-        classes: ``[D]``, from 0.
-        scores: ``[D]``.
-    """
-
-    boxes: Tensor
-    classes: Tensor
-    scores: Tensor
+    boxes: Tensor  # [D, 4], absolute (x1, y1, x2, y2) pixels
+    classes: Tensor  # [D], from 0
+    scores: Tensor  # [D]
 
 
 @dataclass(frozen=True)
 class PixelInput:
-    """The pixels that a model expects.
+    """The pixels that a model expects."""
 
-    Attributes:
-        order: channel order, ``"RGB"`` or ``"BGR"``.
-        mean: per channel, in that order.
-        std: per channel, in that order.
-        scale: the largest pixel value that mean and std refer to, 255 or 1.
-        divisor: sides are padded to a multiple of it.
-    """
-
-    order: str
-    mean: tuple[float, ...]
+    order: str  # of the channels, "RGB" or "BGR"
+    mean: tuple[float, ...]  # per channel, in that order
     std: tuple[float, ...]
-    scale: float
-    divisor: int
+    scale: float  # the largest pixel value that mean and std refer to, 255 or 1
+    divisor: int  # sides are padded to a multiple of it
 
 
 class Workbench(ABC):
@@ -83,12 +69,17 @@ class Workbench(ABC):
         teacher_cfg: the teacher's own config, where there is a teacher.
 
     Attributes:
+        count_classes: the host's reading of a config: classes of its head without a background.
+        data_names: the host's reading of a config: names of the classes in its training data, in
+            the order of the outputs; None where they are unknown.
         pre_stage: terms whose network the run will first train on the teacher; here it is random.
         entrance: path of the student's module that receives the normalised batch.
         box_tap: where the student's sampled boxes pass, once per cascade stage; None without RoIs.
         background: position of the background among the logits of a box head.
     """
 
+    count_classes: Callable[[CfgNode], int]
+    data_names: Callable[[CfgNode], list[str] | None]
     entrance = "backbone"
     box_tap: Tap | None = None
     background: Literal["first", "last"] = "last"
@@ -194,10 +185,7 @@ class Workbench(ABC):
         """
 
     def check_export(self) -> list[str]:
-        """Load the checkpoint this run would write into the stock model; a sentence per misfit.
-
-        Keys must match exactly and outputs must be equal. Nothing is left on disk.
-        """
+        """Load the checkpoint this run would write into the stock model; a sentence per misfit."""
         arguments = self.example("student")
         return export_problems(
             self.model, self.student, self._reload, lambda model: self._outputs(model, arguments)
@@ -218,9 +206,9 @@ class Workbench(ABC):
     def pixel_input(self, side: Side) -> PixelInput:
         """The pixels that this side's model expects, read from the model that was built."""
 
-    @abstractmethod
     def num_classes(self, side: Side) -> int:
         """Classes of a side's head without a background."""
+        return self.count_classes(self.config(side))
 
     def class_names(self, side: Side) -> list[str] | None:
         """Names of this side's classes in the order of its outputs; None where they are unknown.
@@ -230,7 +218,7 @@ class Workbench(ABC):
         if side == "teacher" and self.teacher_cfg is None:
             return None
         given = self.cfg.KD.TEACHER.CLASS_NAMES if side == "teacher" else ()
-        names = list(as_names(NAMES_KEY, given)) or self._data_names(self.config(side))
+        names = list(as_names(NAMES_KEY, given)) or self.data_names(self.config(side))
         return names if names is not None and len(names) == self.num_classes(side) else None
 
     @property
@@ -239,10 +227,6 @@ class Workbench(ABC):
         return next(self.student.parameters()).device
 
     # For the hosts
-
-    @abstractmethod
-    def _data_names(self, cfg: CfgNode) -> list[str] | None:
-        """Names of the classes in the training data of a side's config, if they are known."""
 
     @abstractmethod
     def _reload(self, checkpoint: Path, folder: Path) -> nn.Module:
@@ -312,8 +296,8 @@ def parameters(model: nn.Module) -> int:
 def macs(workbench: Workbench, side: Side) -> float:
     """Multiply-accumulates of one inference forward of ``example``.
 
-    As torch counts them, in convolutions and matrix products; RoIAlign, NMS and whatever is
-    elementwise count nothing.
+    As torch counts them, in convolutions and matrix products; RoIAlign, NMS and elementwise
+    operations count nothing.
     """
     arguments = workbench.example(side)
     with (
@@ -325,13 +309,7 @@ def macs(workbench: Workbench, side: Side) -> float:
 
 
 def latency(workbench: Workbench, side: Side, repeats: int = 10) -> float:
-    """Median seconds of one inference forward of ``example``, after two that are not counted.
-
-    Args:
-        workbench: whose models are measured where they are.
-        side: which of them.
-        repeats: forwards that are timed.
-    """
+    """Median seconds of ``repeats`` inference forwards of ``example``, after two as warm-up."""
     arguments, times = workbench.example(side), []
     with evaluating(side_model(workbench, side)) as model:
         on_gpu = next(model.parameters()).is_cuda

@@ -1,7 +1,6 @@
-"""What a run knows about the names of its classes, and the class map that follows.
+"""The names of the classes of a run, and the class map that follows from them.
 
-Names come from the training data of each side's own config, or from the config itself. A host
-counts and names the classes of a config; the rest is the same for all hosts.
+Names come from the training data of each side's own config, or from the config itself.
 """
 
 from __future__ import annotations
@@ -22,33 +21,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SideClasses:
-    """What is known about the classes of a student or a teacher.
+    """The classes of a student or a teacher."""
 
-    Attributes:
-        count: classes of its head, without a background.
-        names: in the order of the outputs; None where they are unknown.
-        reason: why they are unknown, to complete "unknown: ...".
-    """
-
-    count: int
-    names: tuple[str, ...] | None
-    reason: str = ""
+    count: int  # without a background
+    names: tuple[str, ...] | None  # in the order of the outputs; None where they are unknown
+    reason: str = ""  # why they are unknown, to complete "unknown: ..."
 
 
 def side_classes(
     side: str, count: int, found: Sequence[str] | None, data: str, given: Sequence[Any] = ()
 ) -> SideClasses:
-    """The classes of one side, from what its training data and its config say.
+    """The classes of one side, from its training data and its config.
 
-    Names of training data that are not as many as the head's classes belong to something else;
-    they are left out with a warning.
+    Names of training data that are not as many as the head's classes are left out with a warning.
 
     Args:
         side: ``"student"`` or ``"teacher"``, for messages.
         count: classes of its head, without a background.
         found: names in its training data; None where it is unknown or not on this machine.
         data: name of the training data, for messages.
-        given: names that a config gives (``KD.TEACHER.CLASS_NAMES``); they go first.
+        given: names in place of those found (``KD.TEACHER.CLASS_NAMES``).
 
     Raises:
         KDError: ``given`` holds something else than ``count`` names.
@@ -76,16 +68,12 @@ def find_class_map(
 ) -> ClassMap | None:
     """The map that a run needs before it may compare logits; None if columns stay as they are.
 
-    Where a side's names are unknown, equal counts are taken for equal classes.
-
-    Args:
-        student: the student's classes.
-        teacher: the teacher's.
-        class_map: ``KD.CLASS_MAP``, student's name to teacher's.
+    Where a side's names are unknown, equal counts are taken for equal classes. ``class_map`` is
+    ``KD.CLASS_MAP``: student's name to teacher's.
 
     Raises:
-        KDError: whatever :func:`match_classes` refuses; or unknown names where counts differ or
-            where ``class_map`` refers to them.
+        KDError: see :func:`match_classes`; or unknown names where counts differ or where
+            ``class_map`` refers to them.
     """
     if student.names is not None and teacher.names is not None:
         found = match_classes(student.names, teacher.names, class_map)
@@ -123,8 +111,8 @@ def run_class_map(
         cfg: the student's config.
         teacher_cfg: the teacher's own.
         logits: names of the host's taps of logits.
-        num_classes: the host's reading of a config: classes of the head, without a background.
-        class_names: the host's reading of a config: names in its training data, if known.
+        num_classes: of a config: classes of the head, without a background.
+        class_names: of a config: names in its training data, if known.
 
     Raises:
         KDError: see :func:`side_classes` and :func:`find_class_map`.

@@ -1,4 +1,4 @@
-"""The ``HOST`` and ``KD`` keys that every host shares, and one voice for config mistakes."""
+"""The ``HOST`` and ``KD`` keys that every host shares, and the errors about configs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ _OPEN_NODES = ("KD.TERMS.", "KD.CLASS_MAP.", "KD.BALANCE.SHARES.", "DATASETS.COC
 def add_kd_config(cfg: CfgNode, offers: frozenset[str] = frozenset()) -> None:
     """Add ``HOST``, ``KD`` and ``DATASETS.COCO_JSON`` to a yacs config, in place.
 
-    Args:
-        cfg: the config.
-        offers: of the host, which decide the procedures; see :mod:`kd_det.procedures.base`.
+    What the host ``offers`` decides the procedures; see :mod:`kd_det.procedures.base`.
     """
     node = type(cfg)
     cfg.HOST = "detectron2"  # or torchvision_detection, classification
@@ -206,11 +204,7 @@ def _explain(error: Exception, known: list[str]) -> None:
         wrong = key
         while not (siblings := [k for k in known if _parent(k) == _parent(wrong)]):
             wrong = _parent(wrong)
-        fail(
-            expected="a known config key",
-            received=f"'{key}'",
-            remedy=nearest(wrong, siblings),
-        )
+        fail(expected="a known config key", received=f"'{key}'", remedy=nearest(wrong, siblings))
     fail(expected="a config this host can read", received=message, remedy="correct this value")
 
 
@@ -229,6 +223,4 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def plain(node: Any) -> Any:
     """The value with dicts in place of config nodes."""
-    if isinstance(node, dict):
-        return {k: plain(v) for k, v in node.items()}
-    return node
+    return {k: plain(v) for k, v in node.items()} if isinstance(node, dict) else node

@@ -32,26 +32,19 @@ _TRACES = (LAST_CHECKPOINT, CHECKPOINT, FINAL, METRICS, PRE_STAGE)
 
 # What a checkpoint is made of. Anything else may be changed between two starts of a run.
 _LASTING = (
-    "HOST",
-    "MODEL.META_ARCHITECTURE",
-    "MODEL.NAME",
-    "MODEL.NUM_CLASSES",
-    "MODEL.BACKBONE",
-    "MODEL.RESNETS",
-    "MODEL.FPN",
-    "MODEL.ROI_HEADS.NUM_CLASSES",
-    "MODEL.RETINANET.NUM_CLASSES",
+    *("HOST", "MODEL.META_ARCHITECTURE", "MODEL.NAME", "MODEL.NUM_CLASSES", "MODEL.BACKBONE"),
+    *("MODEL.RESNETS", "MODEL.FPN", "MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"),
     "KD.ENABLED",
 )
-_LASTING_IN_TERMS = ("LOSS", "TAPS")
 
 
 def check_output_dir(output_dir: str, resume: bool) -> None:
-    """Refuse to start anew where another run has written, or where nothing can be written.
+    """Refuse to start anew in the folder of another run, or in one that is not writable.
+
+    Nothing is written.
 
     Raises:
-        KDError: ``output_dir`` holds a run and ``resume`` is False; or see
-            :func:`check_writable`. Nothing is written.
+        KDError: ``output_dir`` holds a run and ``resume`` is False; or see :func:`check_writable`.
     """
     check_writable(output_dir)
     traces = [name for name in _TRACES if (Path(output_dir) / name).exists()]
@@ -64,10 +57,10 @@ def check_output_dir(output_dir: str, resume: bool) -> None:
 
 
 def check_writable(output_dir: str | Path) -> None:
-    """Refuse a folder that is none, or that nothing can be written to.
+    """Refuse a folder that cannot be written.
 
     Raises:
-        KDError: it, or the nearest folder above it that there is, is a file or read-only.
+        KDError: it, or the nearest existing folder above it, is a file or read-only.
     """
     folder = Path(output_dir).absolute()
     while not folder.exists():
@@ -83,9 +76,7 @@ def check_writable(output_dir: str | Path) -> None:
 def check_same_run(output_dir: str | Path, cfg: Mapping[str, Any]) -> None:
     """Refuse to go on with the checkpoint of a run of another model or with other losses.
 
-    Args:
-        output_dir: of the run; without a ``config.yaml`` in it, nothing is compared.
-        cfg: the config of this start.
+    Without a ``config.yaml`` in ``output_dir`` nothing is compared.
 
     Raises:
         KDError: keys that a checkpoint depends on differ; the message lists them.
@@ -96,19 +87,17 @@ def check_same_run(output_dir: str | Path, cfg: Mapping[str, Any]) -> None:
     then, now = _lasting(load_yaml(str(path))), _lasting(cfg)
     differing = [key for key in {**then, **now} if then.get(key) != now.get(key)]
     if differing:
+        changes = (f"{k} {now.get(k, '(none)')}, then {then.get(k, '(none)')}" for k in differing)
         fail(
             expected=f"to resume the run that {path} describes",
-            received="; ".join(
-                f"{key} {now.get(key, '(none)')}, then {then.get(key, '(none)')}"
-                for key in differing
-            ),
+            received="; ".join(changes),
             remedy="use that config, or choose another OUTPUT_DIR to start afresh",
         )
 
 
 def _lasting(cfg: Mapping[str, Any]) -> dict[str, str]:
     """The values of a config that a checkpoint depends on, as text, by key."""
-    found: dict[str, Any] = {}
+    lasting: dict[str, Any] = {}
     for key in _LASTING:
         value: Any = cfg
         for part in key.split("."):
@@ -117,16 +106,15 @@ def _lasting(cfg: Mapping[str, Any]) -> dict[str, str]:
         for name, entry in entries:
             # Weights are where a run began.
             if entry is not None and name != "WEIGHTS":
-                found[f"{key}.{name}".rstrip(".")] = entry
+                lasting[f"{key}.{name}".rstrip(".")] = entry
     distillation = cfg.get("KD", {})
     if distillation.get("ENABLED"):
-        active = distillation.get("ACTIVE_TERMS") or distillation.get("TERMS", {})
-        for name in active:
+        for name in distillation.get("ACTIVE_TERMS") or distillation.get("TERMS", {}):
             term = distillation["TERMS"].get(name, {})
-            for part in _LASTING_IN_TERMS:
-                found[f"KD.TERMS.{name}.{part}"] = term.get(part)
+            for part in ("LOSS", "TAPS"):
+                lasting[f"KD.TERMS.{name}.{part}"] = term.get(part)
     # As text, because a tuple in a config is a list in its file.
-    return {key: json.dumps(value, sort_keys=True) for key, value in found.items()}
+    return {key: json.dumps(value, sort_keys=True) for key, value in lasting.items()}
 
 
 def evaluated_weights(weights: str, output_dir: str | Path, candidates: Sequence[str]) -> str:

@@ -10,13 +10,10 @@ from typing import Any
 
 
 def end_last_line(path: str | Path) -> None:
-    """Let what is appended next begin on a line of its own.
+    """End the last line of a file, if there is one without an end.
 
-    A run that was killed while it wrote leaves the beginning of a line; the first line of the
-    resumed run would be lost in it, too. What is there stays as it is.
-
-    Args:
-        path: the file; it need not exist.
+    A run that was killed while it wrote leaves the beginning of a line, to which the resumed run
+    would add its first.
     """
     path = Path(path)
     if not path.is_file() or not path.stat().st_size:
@@ -29,8 +26,8 @@ def end_last_line(path: str | Path) -> None:
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
     """The objects of a file; a line that a crash has cut is left out."""
-    found = []
+    objects = []
     for line in Path(path).read_text().splitlines():
         with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found
+            objects.append(json.loads(line))
+    return objects

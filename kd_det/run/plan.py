@@ -41,23 +41,14 @@ Results = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Start:
-    """How a run is started, beside its config.
+    """How a run is started, beside its config."""
 
-    Attributes:
-        resume: go on from the last checkpoint in ``OUTPUT_DIR``, if it is there.
-        eval_only: train nothing; evaluate ``MODEL.WEIGHTS``, or else what ``OUTPUT_DIR`` holds.
-        num_gpus: processes on this machine where ``MODEL.DEVICE`` is ``cuda``.
-        num_machines: machines of the run.
-        machine_rank: the rank of this one.
-        dist_url: where the processes of several machines meet.
-    """
-
-    resume: bool = False
-    eval_only: bool = False
-    num_gpus: int = 1
+    resume: bool = False  # go on from the last checkpoint in OUTPUT_DIR, if there is one
+    eval_only: bool = False  # evaluate MODEL.WEIGHTS, or else the weights in OUTPUT_DIR
+    num_gpus: int = 1  # processes on this machine where MODEL.DEVICE is cuda
     num_machines: int = 1
     machine_rank: int = 0
-    dist_url: str = "auto"
+    dist_url: str = "auto"  # the address at which the processes of several machines connect
 
 
 NEW = Start()
@@ -66,20 +57,12 @@ NEW = Start()
 
 @dataclass(frozen=True)
 class Stage:
-    """One entry of ``STAGES``.
-
-    Attributes:
-        name: names its folder.
-        terms: the terms that are on; None for all.
-        task: whether the task losses are on.
-        carry: what is taken over from the stage before.
-        overrides: config keys and their values in this stage.
-    """
+    """One entry of ``STAGES``."""
 
     name: str
-    terms: tuple[str, ...] | None = None
-    task: bool = True
-    carry: tuple[str, ...] = ("student",)
+    terms: tuple[str, ...] | None = None  # those that are on; None: all
+    task: bool = True  # whether the task losses are on
+    carry: tuple[str, ...] = ("student",)  # from the stage before
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def options(self, before: Path | None) -> list[str]:
@@ -106,23 +89,14 @@ Run = Callable[[Sequence[str]], Results]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a config file with its overrides describes: one run, or several.
+    """What a config file with its overrides describes: one run, or several."""
 
-    Attributes:
-        file: the config file; every run of the plan takes its content from here.
-        opts: the overrides, ``KEY VALUE``.
-        output: ``OUTPUT_DIR``.
-        stages: empty for a run in one piece.
-        seeds: empty for the config's own seed.
-        preflight: whether each run has a preflight before it starts.
-    """
-
-    file: ConfigFile
-    opts: tuple[str, ...]
+    file: ConfigFile  # the content of every run of the plan
+    opts: tuple[str, ...]  # KEY VALUE
     output: Path
-    stages: tuple[Stage, ...] = ()
-    seeds: tuple[int, ...] = ()
-    preflight: bool = False
+    stages: tuple[Stage, ...] = ()  # empty for a run in one piece
+    seeds: tuple[int, ...] = ()  # empty for the config's own seed
+    preflight: bool = False  # whether each run has one before it starts
 
 
 def read_plan(config: str | ConfigFile, opts: Sequence[str] = ()) -> Plan:
@@ -158,14 +132,8 @@ def read_plan(config: str | ConfigFile, opts: Sequence[str] = ()) -> Plan:
 def run_plan(run: Run, plan: Plan, start: Start) -> Any:
     """Carry out all runs of a plan.
 
-    Args:
-        run: carries out one run, from the overrides of its config.
-        plan: see :func:`read_plan`.
-        start: how each run is started.
-
     Returns:
-        The results of the run, or of its last stage; with several seeds, their mean and standard
-        deviation.
+        The results of the run, or of its last stage; with several seeds see :func:`summarize`.
 
     Raises:
         KDError: ``start`` has several GPUs and the plan several runs.
@@ -186,8 +154,8 @@ def run_plan(run: Run, plan: Plan, start: Start) -> Any:
         results[seed] = _run_stages(run, plan, start, output, own)
     summary = summarize(results)
     if summary and not start.eval_only:
-        text = {"seeds": {str(s): r for s, r in results.items()}, "summary": summary}
-        (plan.output / SEED_RESULTS).write_text(json.dumps(text, indent=2) + "\n")
+        text = json.dumps({"seeds": results, "summary": summary}, indent=2)
+        (plan.output / SEED_RESULTS).write_text(text + "\n")
     return summary
 
 
@@ -213,14 +181,15 @@ def summarize(results: Mapping[int, Any]) -> dict[str, dict[str, dict[str, float
     runs = [run for run in results.values() if run]
     if len(runs) < len(results) or not runs:
         return {}
-    summary: dict[str, dict[str, dict[str, float]]] = {}
-    for kind, metrics in runs[0].items():
-        summary[kind] = {}
-        for name in metrics:
-            values = [run[kind][name] for run in runs]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            summary[kind][name] = {"mean": statistics.mean(values), "std": spread}
-    return summary
+
+    def spread(values: Sequence[float]) -> dict[str, float]:
+        std = statistics.stdev(values) if len(values) > 1 else 0.0
+        return {"mean": statistics.mean(values), "std": std}
+
+    return {
+        kind: {name: spread([run[kind][name] for run in runs]) for name in metrics}
+        for kind, metrics in runs[0].items()
+    }
 
 
 def _run_stages(
@@ -262,21 +231,15 @@ def _parse_stage(node: Any) -> Stage:
     terms, carry = node.get("TERMS"), _listed("CARRY", node.get("CARRY", ["student"]))
     for part in carry:
         check_known(f"part to CARRY into stage '{node['NAME']}'", part, CARRIED)
-    overrides = node.get("OVERRIDES", {})
-    task = node.get("TASK", True)
+    overrides, task = node.get("OVERRIDES", {}), node.get("TASK", True)
     if not isinstance(task, bool) or not isinstance(overrides, Mapping):
         fail(
             expected=f"TASK of stage '{node['NAME']}' to be True or False, OVERRIDES a mapping",
             received=f"TASK {task!r}, OVERRIDES {overrides!r}",
             remedy="write for example TASK: False and OVERRIDES: {SOLVER.BASE_LR: 0.01}",
         )
-    return Stage(
-        name=node["NAME"],
-        terms=None if terms is None else tuple(_listed("TERMS", terms)),
-        task=task,
-        carry=tuple(carry),
-        overrides=dict(overrides),
-    )
+    terms = None if terms is None else tuple(_listed("TERMS", terms))
+    return Stage(node["NAME"], terms, task, tuple(carry), dict(overrides))
 
 
 def _listed(what: str, value: Any) -> list[Any]:

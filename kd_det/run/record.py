@@ -33,16 +33,10 @@ logger = logging.getLogger(__name__)
 RUNNING, DONE, FAILED = "running", "done", "failed"
 
 _PACKAGES = (
-    "torchvision",
-    "lightning",
-    "torchmetrics",
-    "detectron2",
-    "fvcore",
-    "timm",
-    "numpy",
-    "pycocotools",
+    *("torchvision", "lightning", "torchmetrics", "detectron2"),
+    *("fvcore", "timm", "numpy", "pycocotools"),
 )
-# What a start repeats of its own where it differs from the first start's.
+# A later start has entries of its own for these where they differ from those of the first start.
 _COMPARED = ("seed", "versions", "git", "machine", "teacher")
 _GIT_SECONDS = 10
 
@@ -58,12 +52,13 @@ def begin_record(
     """Write ``OUTPUT_DIR/run.json`` with status ``"running"``; on the main process only.
 
     Args:
-        output_dir: the run's folder; it is made if it is not there.
+        output_dir: the run's folder, which is made if it is missing.
         cfg: the run's config.
         seed: the one in use, also where ``SEED`` is negative.
-        resumed: whether the run goes on from a checkpoint. Its first start's entries then stay,
-            and this start names under ``"changed"`` what is different now.
-        teacher_file: where the teacher's weights lie, if ``KD.TEACHER.WEIGHTS`` is an address.
+        resumed: whether the run goes on from a checkpoint. The entries of its first start then
+            stay, and ``"changed"`` of this start holds those that differ now.
+        teacher_file: the teacher's weights on this machine, if ``KD.TEACHER.WEIGHTS`` is an
+            address.
         facts: further entries, such as ``parameters``.
     """
     folder = Path(output_dir)
@@ -90,12 +85,9 @@ def begin_record(
 
 
 def finish_record(output_dir: str | Path, status: str, **facts: Any) -> None:
-    """Write how a run ended; on the main process only.
+    """Write how a run ended, ``"done"`` or ``"failed"``, into its ``run.json`` if there is one.
 
-    Args:
-        output_dir: the run's folder; without a ``run.json`` in it, nothing is written.
-        status: ``"done"`` or ``"failed"``.
-        facts: further entries, such as ``error``.
+    Call it on the main process only. ``facts`` are further entries, such as ``error``.
     """
     folder = Path(output_dir)
     record = read_record(folder)
@@ -115,11 +107,7 @@ def recorded_run(
     """:func:`begin_record` before the block and :func:`finish_record` after it.
 
     An exception, an interruption included, is recorded as ``"failed"`` with its text under
-    ``"error"``, and goes on.
-
-    Args:
-        output_dir, cfg, seed, resumed, facts: see :func:`begin_record`.
-        main_process: other processes of a run write nothing.
+    ``"error"``, and raised again. Other processes than the main one write nothing.
     """
     if not main_process:
         yield
@@ -172,21 +160,21 @@ def _now() -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {
+    versions = {
         "kd_det": kd_det.__version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             # Used from a source folder, as Detectron2 can be.
             version = getattr(sys.modules.get(name), "__version__", None)
-            found |= {name: str(version)} if version else {}
+            versions |= {name: str(version)} if version else {}
     if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
+        versions["cuda"] = torch.version.cuda
+    return versions
 
 
 def _git() -> dict[str, Any] | None:
@@ -200,18 +188,14 @@ def _git() -> dict[str, Any] | None:
 
 
 def _ask_git(folder: Path, *arguments: str) -> str | None:
+    command = ["git", *arguments]
     try:
-        answer = subprocess.run(
-            ["git", *arguments],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=_GIT_SECONDS,
+        text = subprocess.check_output(
+            command, cwd=folder, stderr=subprocess.DEVNULL, text=True, timeout=_GIT_SECONDS
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip()
+    return text.strip()
 
 
 def _machine() -> dict[str, Any]:

@@ -122,12 +122,11 @@ def _read(file: str, chain: Sequence[str]) -> dict[str, Any]:
         if isinstance(content, dict):
             return content
         received = "nothing" if content is None else type(content).__name__
+    included = len(chain) > 1
     fail(
         expected=f"'{chain[0]}' and its {BASE_KEY} to be YAML mappings of config keys",
-        received=received if len(chain) == 1 else f"{received} in '{file}'",
-        remedy="correct the file"
-        if len(chain) == 1
-        else f"correct the file, or the {BASE_KEY} of '{chain[-2]}'",
+        received=f"{received} in '{file}'" if included else received,
+        remedy="correct the file" + (f", or the {BASE_KEY} of '{chain[-2]}'" if included else ""),
     )
 
 

@@ -1,4 +1,4 @@
-"""One picture of many annotated images: the quickest check that a data set is what it should be."""
+"""One picture of many annotated images, for a look at a data set."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import cv2
 
-from kd_det.core.errors import fail
+from kd_det.core.errors import check_at_least, fail
 
 _COLUMNS = 6
 _TILE_INCHES = 2.6
@@ -24,9 +24,6 @@ def draw_contact_sheet(
         path: the PNG to write; its folder is made if missing.
         count: number of images, at least 1; fewer if the data set has fewer.
 
-    Returns:
-        ``path``.
-
     Raises:
         KDError: ``count`` below 1, or an image that cannot be read.
     """
@@ -34,12 +31,7 @@ def draw_contact_sheet(
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    if count < 1:
-        fail(
-            expected="a contact sheet of at least 1 image",
-            received=str(count),
-            remedy="raise the count",
-        )
+    check_at_least("images of a contact sheet", count, 1)
     content = json.loads(Path(json_file).read_bytes())
     names = {category["id"]: category["name"] for category in content["categories"]}
     records = content["images"][:count]

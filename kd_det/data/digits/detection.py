@@ -1,11 +1,11 @@
-"""A detection data set that is always there: handwritten digits on cluttered canvases.
+"""A detection data set without a download: handwritten digits on cluttered canvases.
 
 scikit-learn bundles 1,797 real handwritten digits of 8 x 8 pixels. They are up-sampled smoothly and
 pasted in random colours and sizes on canvases with gradients, texture, strokes and blobs, among
-fragments and scrambled digits that are not labelled, and partly hidden by what is pasted later.
+fragments and scrambled digits that are not labelled. Later objects partly hide earlier ones.
 The result is an ordinary COCO data set with boxes and masks:
 
-    root/spec.json                     the settings it was made with
+    root/spec.json                     the settings
     root/annotations/digits_train.json
     root/annotations/digits_val.json
     root/train/000000.png ...          (H, W, 3) RGB
@@ -23,6 +23,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,13 @@ class DigitsSpec:
 
     Args:
         canvas: height and width of every image in pixels, at least 96.
-        train_images: number of training images.
-        val_images: number of validation images.
-        seed: non-negative, below 2**32.
-        min_digits: fewest digits in an image.
-        max_digits: most digits in an image.
-        min_size: height of the smallest digit before rotation, as a share of the canvas.
-        max_size: height of the largest one, at most 0.5.
-        min_visible: share of its pixels that every digit keeps under what is pasted later.
-        val_share: share of the source digits of every class that is kept for validation.
+        train_images, val_images: numbers of images.
+        seed: from 0, below 2**32.
+        min_digits, max_digits: the range of the number of digits in an image, within 1..12.
+        min_size, max_size: the range of the height of a digit before rotation, as shares of the
+            canvas within 0.05..0.5.
+        min_visible: share of its pixels, from 0.1, that every digit keeps under later objects.
+        val_share: share of the source digits of every class for validation, within 0.05..0.9.
 
     Raises:
         KDError: a value is out of its range.
@@ -71,49 +70,38 @@ class DigitsSpec:
     val_share: float = 0.25
 
     def __post_init__(self) -> None:
-        for names, holds, range_text in (
-            (("canvas",), self.canvas >= 96, "at least 96 pixels"),
-            (("train_images",), self.train_images >= 1, "at least 1"),
-            (("val_images",), self.val_images >= 1, "at least 1"),
-            (("seed",), 0 <= self.seed < 2**32, "from 0 to 4294967295"),
-            (
-                ("min_digits", "max_digits"),
-                1 <= self.min_digits <= self.max_digits <= 12,
-                "1 <= min_digits <= max_digits <= 12",
-            ),
-            (
-                ("min_size", "max_size"),
-                0.05 <= self.min_size <= self.max_size <= 0.5,
-                "0.05 <= min_size <= max_size <= 0.5 (shares of the canvas)",
-            ),
-            (("min_visible",), 0.1 <= self.min_visible <= 1, "from 0.1 to 1"),
-            (("val_share",), 0.05 <= self.val_share <= 0.9, "from 0.05 to 0.9"),
+        for least, names, most, unit in (
+            (96, ("canvas",), None, " pixels"),
+            (1, ("train_images",), None, ""),
+            (1, ("val_images",), None, ""),
+            (0, ("seed",), 2**32 - 1, ""),
+            (1, ("min_digits", "max_digits"), 12, ""),
+            (0.05, ("min_size", "max_size"), 0.5, " of the canvas"),
+            (0.1, ("min_visible",), 1, ""),
+            (0.05, ("val_share",), 0.9, ""),
         ):
-            if not holds:
+            bounds = [least, *(getattr(self, name) for name in names)]
+            bounds += [] if most is None else [most]
+            if not all(low <= high for low, high in pairwise(bounds)):
+                limit = "" if most is None else f" <= {most}"
                 fail(
-                    expected=f"digits data with {' and '.join(names)} {range_text}",
+                    expected=f"digits data with {least} <= {' <= '.join(names)}{limit}{unit}",
                     received=", ".join(f"{name}={getattr(self, name)}" for name in names),
                     remedy=f"choose {' and '.join(names)} within that range",
                 )
 
     def images(self, split: str) -> int:
-        """Return the number of images in a split, ``train`` or ``val``."""
+        """The number of images in a split, ``train`` or ``val``."""
         return self.train_images if split == "train" else self.val_images
 
 
 @dataclasses.dataclass(frozen=True)
 class DigitInstance:
-    """One labelled digit.
+    """One labelled digit."""
 
-    Args:
-        label: the digit, 0..9.
-        source_digit: its index among scikit-learn's 1,797.
-        mask: ``(H, W)`` boolean, the pixels that are visible.
-    """
-
-    label: int
-    source_digit: int
-    mask: NDArray[np.bool_]
+    label: int  # 0..9
+    source_digit: int  # the index among scikit-learn's 1,797
+    mask: NDArray[np.bool_]  # (H, W), the visible pixels
 
     @property
     def box(self) -> list[float]:
@@ -145,12 +133,8 @@ def source_digits(spec: DigitsSpec, split: str) -> NDArray[np.int64]:
 
     check_choice("split", split, SPLITS)
     _, classes = _sources()
-    train, val = train_test_split(
-        np.arange(len(classes)),
-        test_size=spec.val_share,
-        stratify=classes,
-        random_state=spec.seed,
-    )
+    indices, share, seed = np.arange(len(classes)), spec.val_share, spec.seed
+    train, val = train_test_split(indices, test_size=share, stratify=classes, random_state=seed)
     return np.sort(train if split == "train" else val)
 
 
@@ -162,7 +146,7 @@ def render_image(
     Args:
         spec: the data set.
         split: ``train`` or ``val``.
-        index: the image's number, from 0; it need not be below the split's number of images.
+        index: number of the image, from 0, without an upper limit.
 
     Returns:
         The ``(H, W, 3)`` uint8 RGB image and its digits, in the order they were pasted.
@@ -172,37 +156,36 @@ def render_image(
     """
     candidates = source_digits(spec, split)
     images, classes = _sources()
-    # What is left of these classes cannot be taken for another digit, unlike half a 1, 7 or 8.
+    # Half of such a digit cannot be confused with another digit, unlike half a 1, 7 or 8.
     for_distractors = candidates[np.isin(classes[candidates], [0, 2, 3, 5])]
     rng = np.random.default_rng([spec.seed, SPLITS.index(split), index])
     scene = Scene(rng, spec.canvas, spec.min_visible)
 
-    def random_source() -> int:
-        # First the class, so that all ten are equally frequent in every split.
-        label = rng.integers(10)
-        return int(rng.choice(candidates[classes[candidates] == label]))
+    placed: list[int] = []
 
     def random_size(largest: float = 1.0) -> float:
         low, high = np.log(spec.min_size), np.log(spec.max_size * largest)
         return float(np.exp(rng.uniform(low, max(low, high)))) * spec.canvas
 
+    def place_digit(largest: float = 1.0) -> None:
+        # The class is drawn first, so that all ten are equally frequent in every split.
+        label = rng.integers(10)
+        source = int(rng.choice(candidates[classes[candidates] == label]))
+        if scene.add_digit(images[source], random_size(largest)):
+            placed.append(source)
+
     wanted = int(rng.integers(spec.min_digits, spec.max_digits + 1))
     distractors = int(rng.integers(1, 6))
-    placed: list[int] = []
     for is_digit in rng.permutation([True] * wanted + [False] * distractors):
-        if not is_digit:
+        if is_digit:
+            place_digit()
+        else:
             scene.add_distractor(images[rng.choice(for_distractors)], random_size())
-            continue
-        source = random_source()
-        if scene.add_digit(images[source], random_size()):
-            placed.append(source)
     for _ in range(_EXTRA_TRIES):
         if len(placed) >= spec.min_digits:
             break
-        # Where the canvas is crowded, smaller ones find a place.
-        source = random_source()
-        if scene.add_digit(images[source], random_size(largest=0.3)):
-            placed.append(source)
+        # A crowded canvas has room for smaller digits only.
+        place_digit(largest=0.3)
     else:
         fail(
             expected=f"room for {spec.min_digits} digits, each at least "
@@ -226,13 +209,13 @@ def write_digits(
 ) -> dict[str, tuple[Path, Path]]:
     """Write the data set, or reuse it where it was written before with the same settings.
 
-    It is written to a folder beside ``root`` and renamed at the end, so ``root`` is either absent
-    or complete, and nothing that exists is overwritten.
+    It is written to a folder beside ``root`` and renamed at the end, so that ``root`` is either
+    absent or complete. Nothing that exists is overwritten.
 
     Args:
         root: folder of the data set; it may be missing or empty.
         spec: the data set; by default ``DigitsSpec()``.
-        progress: called with the images done and the images in all, after each image.
+        progress: called after each image with the number of written and of all images.
 
     Returns:
         ``{"digits_train": (json, image_root), "digits_val": (json, image_root)}``, the shape of
@@ -246,8 +229,7 @@ def write_digits(
         return digits_paths(root)
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
-        # A folder inside the scratch folder, as the scratch folder itself is readable by its
-        # owner only.
+        # The scratch folder itself is readable by its owner only.
         fresh = Path(scratch) / root.name
         (fresh / "annotations").mkdir(parents=True)
         done = 0
@@ -257,11 +239,13 @@ def write_digits(
             annotations: list[dict[str, Any]] = []
             for index in range(spec.images(split)):
                 image, instances = render_image(spec, split, index)
-                record = _image_record(spec, index)
-                _write_png(fresh / split / record["file_name"], image)
-                records.append(record)
+                size = {"height": spec.canvas, "width": spec.canvas}
+                records.append({"id": index + 1, "file_name": f"{index:06d}.png", **size})
+                file = fresh / split / records[-1]["file_name"]
+                if not cv2.imwrite(str(file), cv2.cvtColor(image, cv2.COLOR_RGB2BGR)):
+                    raise OSError(f"could not write {file}")
                 for instance in instances:
-                    annotations.append(_annotation(instance, record["id"], len(annotations) + 1))
+                    annotations.append(_annotation(instance, index + 1, len(annotations) + 1))
                 done += 1
                 if progress is not None:
                     progress(done, spec.train_images + spec.val_images)
@@ -270,7 +254,7 @@ def write_digits(
         try:
             os.replace(fresh, root)
         except OSError:
-            # Another process may have finished the same data set in the meantime.
+            # Another process may have written the same data set in the meantime.
             if not _is_written(root, spec):
                 raise
     return digits_paths(root)
@@ -319,15 +303,6 @@ def _listed(settings: dict[str, Any], keys: list[str]) -> str:
     return ", ".join(f"{key}={settings.get(key, 'unset')}" for key in keys)
 
 
-def _image_record(spec: DigitsSpec, index: int) -> dict[str, Any]:
-    return {
-        "id": index + 1,
-        "file_name": f"{index:06d}.png",
-        "height": spec.canvas,
-        "width": spec.canvas,
-    }
-
-
 def _annotation(instance: DigitInstance, image_id: int, annotation_id: int) -> dict[str, Any]:
     return {
         "id": annotation_id,
@@ -361,8 +336,3 @@ def _coco(records: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> d
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
-
-
-def _write_png(path: Path, image: NDArray[np.uint8]) -> None:
-    if not cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR)):
-        raise OSError(f"could not write {path}")

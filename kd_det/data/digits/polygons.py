@@ -16,15 +16,14 @@ from numpy.typing import NDArray
 def mask_to_polygons(mask: NDArray[np.bool_]) -> list[list[float]]:
     """Trace a mask, holes included, so that ``pycocotools`` rasterises it back unchanged.
 
-    The mask is traced at twice its resolution. That puts every vertex a quarter pixel inside the
-    boundary of its pixel, which has three effects: each pixel centre is clearly inside or outside
-    (tracing at the original resolution loses the last row and column), the outline is symmetric
-    (so a horizontal flip keeps it), and even a single pixel gives four vertices, more than the
-    three a COCO polygon must have.
+    The mask is traced at twice its resolution, which puts every vertex a quarter pixel inside the
+    boundary of its pixel: each pixel centre is clearly inside or outside (at the original
+    resolution the last row and column are lost), the outline stays the same when flipped, and even
+    a single pixel gives four vertices, of which a COCO polygon needs three.
 
-    COCO's polygon lists are unions and know no holes. Each hole is therefore joined to its outline
-    by a cut that is walked once in each direction: rasterisers that count crossings, such as
-    ``pycocotools``, cancel the cut and leave the hole empty.
+    COCO's polygon lists are unions without holes. Each hole is joined to its outline by a cut that
+    is traced once in each direction: rasterisers that count crossings, such as ``pycocotools``,
+    cancel the cut and leave the hole empty.
 
     Args:
         mask: ``(H, W)`` boolean.

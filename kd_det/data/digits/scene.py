@@ -1,9 +1,8 @@
-"""Drawing for the digits data: cluttered canvases, digits on them, and things that hide them.
+"""Drawing for the digits data: cluttered canvases, digits on them, and objects that hide them.
 
 Shapes: a source digit is ``(8, 8)`` in 0..1; a canvas is ``(H, W, 3)`` float32 RGB in 0..255; a
-cover is ``(h, w)`` float32 in 0..1, the opacity of one thing to paste.
-
-Lengths are given in pixels of a 160-pixel canvas and scaled to the canvas at hand.
+cover is ``(h, w)`` float32 in 0..1, the opacity of one object to paste. ``rng`` is the only source
+of randomness. Lengths are pixels of a canvas of 160 x 160 and scaled to other canvases.
 """
 
 from __future__ import annotations
@@ -26,12 +25,13 @@ _PLACEMENT_TRIES = 25
 
 
 class Scene:
-    """One picture in the making: the canvas, and what is still visible of every digit on it.
+    """A canvas, and the visible pixels of every digit on it.
 
     Args:
-        rng: the only source of randomness.
+        rng: draws everything.
         side: height and width of the canvas in pixels.
-        min_visible: share of its pixels that every digit keeps; what would hide more is not drawn.
+        min_visible: share of its pixels that every digit keeps; an object that would hide more is
+            not drawn.
     """
 
     def __init__(self, rng: np.random.Generator, side: int, min_visible: float) -> None:
@@ -44,12 +44,7 @@ class Scene:
         self._full_areas: list[int] = []
 
     def add_digit(self, source: Image, size: float) -> bool:
-        """Paste a digit at a random free-enough place; False if none was found.
-
-        Args:
-            source: ``(8, 8)`` in 0..1.
-            size: height of its eight rows in pixels, before rotation.
-        """
+        """Paste a digit, of ``size`` pixels before rotation; False if there was no place for it."""
         cover = glyph(self.rng, source, size)
         mask = self._paste(lambda: cover)
         if mask is None:
@@ -59,17 +54,17 @@ class Scene:
         return True
 
     def add_distractor(self, source: Image, size: float) -> None:
-        """Paste something that resembles a digit and is not one: nothing is labelled."""
-        kind = self.rng.integers(3)
-        if kind == 0:
-            self._paste(lambda: glyph(self.rng, scrambled(self.rng, source), size))
-        elif kind == 1:
-            self._paste(lambda: glyph(self.rng, fragment(self.rng, source), size))
-        else:
-            self._paste(lambda: letter_strokes(self.rng, size))
+        """Paste an object that resembles a digit and has no label."""
+        rng = self.rng
+        covers: list[Callable[[], Cover]] = [
+            lambda: glyph(rng, scrambled(rng, source), size),
+            lambda: glyph(rng, fragment(rng, source), size),
+            lambda: letter_strokes(rng, size),
+        ]
+        self._paste(covers[rng.integers(3)])
 
     def add_stroke(self) -> None:
-        """Draw a thin line across everything."""
+        """Draw a thin line over everything else."""
         for _ in range(_PLACEMENT_TRIES):
             cover = stroke(self.rng, self.side, self.rng.uniform(1.0, 3.0) * self.unit)
             if self._leaves_enough(cover > 0.5):
@@ -77,19 +72,19 @@ class Scene:
                 return
 
     def finish(self) -> NDArray[np.uint8]:
-        """Add the camera: a little blur, noise, and rounding to ``(H, W, 3)`` uint8."""
+        """The canvas with a little blur and noise, rounded to ``(H, W, 3)`` uint8."""
         if self.rng.random() < 0.5:
             sigma = self.rng.uniform(0.3, 0.7) * self.unit
             self.image[:] = cv2.GaussianBlur(self.image, (0, 0), sigma)
         noise = self.rng.normal(0.0, self.rng.uniform(2.0, 12.0), self.image.shape)
-        # Six bits per channel: not visible below the noise, and the files shrink by a third.
+        # Six bits per channel: the noise hides the difference, and files are a third smaller.
         return (np.clip(np.rint((self.image + noise) / 4), 0, 63) * 4).astype(np.uint8)
 
     def _paste(self, draw: Callable[[], Cover]) -> Mask | None:
-        """Paste where enough of every earlier digit stays visible; None if there is no such place.
+        """Paste where enough of every earlier digit stays visible.
 
         Returns:
-            ``(H, W)``, the pixels now covered.
+            ``(H, W)``, the covered pixels; None if there was no such place.
         """
         for _ in range(_PLACEMENT_TRIES):
             cover = draw()
@@ -108,7 +103,7 @@ class Scene:
         return None
 
     def _leaves_enough(self, mask: Mask) -> bool:
-        """Whether every digit stays visible under ``mask``; if so, take the hidden pixels away."""
+        """Whether every digit stays visible under a mask; if so, its pixels count as hidden."""
         remaining = [visible & ~mask for visible in self.visible]
         for digit, full_area in zip(remaining, self._full_areas, strict=True):
             if digit.sum() < self.min_visible * full_area:
@@ -129,19 +124,15 @@ def random_colour(rng: np.random.Generator) -> NDArray[np.float32]:
 def contrasting_colour(
     rng: np.random.Generator, under: NDArray[np.float32], low: float = 60.0, high: float = 230.0
 ) -> NDArray[np.float32]:
-    """A colour at a random distance from the mean colour it is pasted on: sometimes hard to see.
+    """A colour at a random Euclidean distance, from ``low`` to ``high``, from the one below it.
 
-    Args:
-        rng: source of randomness.
-        under: ``(3,)`` RGB in 0..255.
-        low: smallest Euclidean RGB distance.
-        high: largest one asked for; a colour at the edge of the RGB cube may stay below it.
+    Colours are ``(3,)`` RGB in 0..255; at the edge of the RGB cube the distance may be smaller.
     """
     wanted = rng.uniform(low, high)
     colour = under
     for _ in range(20):
         direction = rng.normal(size=3)
-        # Half of the contrast is forced into brightness, as hue alone is unreadable with noise.
+        # Part of the contrast is in brightness, because hue alone is lost in the noise.
         direction += np.sign(direction.sum()) * 0.7
         colour = np.clip(under + wanted * direction / np.linalg.norm(direction), 0, 255)
         if np.linalg.norm(colour - under) >= min(0.8 * wanted, 120.0):
@@ -183,15 +174,9 @@ def stroke(rng: np.random.Generator, side: int, thickness: float) -> Cover:
 
 
 def glyph(rng: np.random.Generator, source: Image, size: float) -> Cover:
-    """A source digit up-sampled smoothly, slightly rotated, sheared and stretched.
+    """A source digit up-sampled smoothly, slightly rotated, sheared and stretched; ``(h, w)``.
 
-    Args:
-        rng: source of randomness.
-        source: ``(8, 8)`` in 0..1.
-        size: height of the eight rows in pixels.
-
-    Returns:
-        ``(h, w)``, cropped to the pixels that are not empty.
+    ``size`` is the height of the eight rows in pixels. Empty rows and columns are cropped.
     """
     scale = size / SOURCE_SIDE
     angle = np.deg2rad(rng.uniform(-18, 18))
@@ -214,8 +199,8 @@ def scrambled(rng: np.random.Generator, source: Image) -> Image:
     half = SOURCE_SIDE // 2
     corners = [np.s_[i : i + half, j : j + half] for i in (0, half) for j in (0, half)]
     result = np.empty_like(source)
-    # All quarters move one place on and none is mirrored: with its halves exchanged a 2 is a 5,
-    # and with every quarter mirrored a 0 is whole again.
+    # Every quarter moves to the next corner and none is mirrored: a 2 with exchanged halves is a 5,
+    # and a 0 of mirrored quarters is a 0 again.
     shift = int(rng.choice([1, 3]))
     for index, corner in enumerate(corners):
         result[corner] = source[corners[(index + shift) % 4]]
@@ -223,7 +208,7 @@ def scrambled(rng: np.random.Generator, source: Image) -> Image:
 
 
 def fragment(rng: np.random.Generator, source: Image) -> Image:
-    """A digit of which only one half is left; ``(8, 8)``."""
+    """One half of a digit, ``(8, 8)``; the rest is empty."""
     result = np.zeros_like(source)
     height, width = [(4, 8), (8, 4)][rng.integers(2)]
     top = int(rng.choice([0, SOURCE_SIDE - height]))

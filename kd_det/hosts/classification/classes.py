@@ -23,9 +23,5 @@ def class_names(cfg: CfgNode) -> list[str] | None:
 
 
 def build_class_map(cfg: CfgNode) -> ClassMap | None:
-    """How the teacher's logits become those of the student's classes; None if they are already.
-
-    Raises:
-        KDError: see :func:`kd_det.run.class_names.run_class_map`.
-    """
+    """The class map of a run; see :func:`kd_det.run.class_names.run_class_map`."""
     return run_class_map(cfg, teacher_config(cfg), (LOGITS,), num_classes, class_names)

@@ -63,6 +63,8 @@ class ClassificationWorkbench(Workbench):
         model: the module that trains.
     """
 
+    count_classes = staticmethod(num_classes)
+    data_names = staticmethod(class_names)
     entrance = ""
 
     def __init__(self, cfg: CfgNode, model: DistilledClassifier) -> None:
@@ -145,12 +147,6 @@ class ClassificationWorkbench(Workbench):
     def pixel_input(self, side: Side) -> PixelInput:
         statistics = self._statistics(side)
         return PixelInput("RGB", tuple(statistics.mean), tuple(statistics.std), scale=1, divisor=1)
-
-    def num_classes(self, side: Side) -> int:
-        return num_classes(self.config(side))
-
-    def _data_names(self, cfg: CfgNode) -> list[str] | None:
-        return class_names(cfg)
 
     @cached_property
     def _fabric(self) -> Fabric:

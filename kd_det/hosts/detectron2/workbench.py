@@ -90,6 +90,9 @@ class Detectron2Workbench(DetectionWorkbench):
         model: the module that trains.
     """
 
+    count_classes = staticmethod(num_classes)
+    data_names = staticmethod(class_names)
+
     def __init__(self, cfg: CfgNode, model: Any) -> None:
         distilled = getattr(model, "distiller", None) is not None
         super().__init__(
@@ -180,12 +183,6 @@ class Detectron2Workbench(DetectionWorkbench):
             divisor=max(model.backbone.size_divisibility, 1),
         )
 
-    def num_classes(self, side: Side) -> int:
-        return num_classes(self.config(side))
-
-    def _data_names(self, cfg: CfgNode) -> list[str] | None:
-        return class_names(cfg)
-
     @cached_property
     def _validation(self) -> list[dict[str, Any]]:
         name = self.cfg.DATASETS.TEST[0]
@@ -233,14 +230,7 @@ class Detectron2Workbench(DetectionWorkbench):
 
 
 class _SomeImages(COCOEvaluator):
-    """Detectron2's evaluator on some images of a data set; nothing is written.
-
-    Args:
-        name: the data set.
-        tasks: ``bbox``, ``segm``.
-        images: ids of the images that will be processed.
-        prepare: applied to the detections of every image.
-    """
+    """Detectron2's evaluator on images with some ids, of detections that ``prepare`` changes."""
 
     def __init__(
         self,

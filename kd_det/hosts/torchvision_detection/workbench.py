@@ -69,6 +69,8 @@ class TorchvisionWorkbench(DetectionWorkbench):
         model: the module that trains.
     """
 
+    count_classes = staticmethod(num_classes)
+    data_names = staticmethod(class_names)
     background = "first"
 
     def __init__(self, cfg: CfgNode, model: nn.Module) -> None:
@@ -161,12 +163,6 @@ class TorchvisionWorkbench(DetectionWorkbench):
             scale=1,
             divisor=transform.size_divisible,
         )
-
-    def num_classes(self, side: Side) -> int:
-        return num_classes(self.config(side))
-
-    def _data_names(self, cfg: CfgNode) -> list[str] | None:
-        return class_names(cfg)
 
     @cached_property
     def _fabric(self) -> Fabric:
