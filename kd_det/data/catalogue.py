@@ -60,7 +60,7 @@ def prepare_detection(name: str, entries: Mapping[str, Any]) -> tuple[Path, Path
     """
     json_file, images = detection_paths(name, entries)
     if name in DIGITS and name not in entries:
-        # It renders with OpenCV, which no other data set needs.
+        # Rendering needs OpenCV, reading other data sets does not.
         from kd_det.data.digits.detection import write_digits
 
         write_digits(data_root() / "digits")
@@ -70,11 +70,7 @@ def prepare_detection(name: str, entries: Mapping[str, Any]) -> tuple[Path, Path
 
 
 def require_coco(json_file: Path) -> None:
-    """Check that an annotation file of COCO was downloaded.
-
-    Raises:
-        KDError: there is no such file.
-    """
+    """Refuse an annotation file of COCO that was not downloaded."""
     if not json_file.is_file():
         fail(
             expected=f"COCO 2017 at $DETECTRON2_DATASETS (now '{data_root()}') as "

@@ -1,4 +1,4 @@
-"""A check of a COCO-format data set that costs seconds, before a run that costs days.
+"""A check of a COCO-format data set that takes seconds, before a run that takes days.
 
 Every fault is one error with the number of affected entries and the ids of the first five.
 """
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from kd_det.core.errors import fail
 
@@ -38,7 +38,7 @@ def check_coco_json(
         sample: number of images, spread evenly over the data set, whose files must exist.
 
     Returns:
-        What was found: ``name``, ``images``, ``annotations``, ``categories`` (``{id: name}``),
+        ``name``, ``categories`` (``{id: name}``), and the numbers of ``images``, ``annotations``,
         ``images_without_annotations``, ``annotations_without_mask``, ``boxes_of_zero_size``.
 
     Raises:
@@ -52,7 +52,9 @@ def check_coco_json(
     images, annotations, categories = (
         _entries(source, content, key) for key in ("images", "annotations", "categories")
     )
-    _check_fields(source, "image", images, {"file_name": _is_text, **_SIDES})
+    _check_fields(
+        source, "image", images, {"file_name": _is_text, "width": _is_side, "height": _is_side}
+    )
     _check_fields(source, "category", categories, {"name": _is_text})
     _check_fields(source, "annotation", annotations, {"bbox": _is_box})
     sizes = {image["id"]: (image["width"], image["height"]) for image in images}
@@ -86,12 +88,7 @@ def check_coco_json(
 def category_names(name: str, json_file: str | Path) -> list[str] | None:
     """Names of a data set's classes in the order of their ids, which is that of the outputs.
 
-    Args:
-        name: name of the data set, for the messages.
-        json_file: COCO instances annotations.
-
-    Returns:
-        None where the file is not on this machine.
+    None where the file is not on this machine.
 
     Raises:
         KDError: a file that lists no categories with ids and names.
@@ -113,22 +110,18 @@ def _category_names(name: str, json_file: Path, changed: int, size: int) -> tupl
 
 
 def _read(name: str, json_file: Path) -> Any:
-    def refuse(received: str, remedy: str) -> NoReturn:
-        fail(
-            expected=f"COCO annotations of data set '{name}' at {json_file}",
-            received=received,
-            remedy=remedy,
-        )
-
+    expected = f"COCO annotations of data set '{name}' at {json_file}"
     if not json_file.is_file():
-        refuse(
-            "a folder" if json_file.is_dir() else "no such file",
-            f"create it, or correct the path of '{name}' (DATASETS.COCO_JSON)",
+        fail(
+            expected=expected,
+            received="a folder" if json_file.is_dir() else "no such file",
+            remedy=f"create it, or correct the path of '{name}' (DATASETS.COCO_JSON)",
         )
     try:
         return json.loads(json_file.read_bytes())
     except ValueError as error:
-        refuse(f"a file that is not JSON ({error})", "download or write it again")
+        received = f"a file that is not JSON ({error})"
+        fail(expected=expected, received=received, remedy="download or write it again")
 
 
 def _entries(source: str, content: Any, key: str) -> list[dict[str, Any]]:
@@ -169,16 +162,13 @@ def _is_side(value: Any) -> bool:
     return _is_number(value) and value > 0
 
 
-_SIDES: dict[str, Callable[[Any], bool]] = {"width": _is_side, "height": _is_side}
-
-
 def _check_fields(
     source: str,
     kind: str,
     entries: list[dict[str, Any]],
     fields: dict[str, Callable[[Any], bool]],
 ) -> None:
-    """Every entry has an id of its own and usable fields."""
+    """Refuse entries without an id of their own or without usable fields."""
     _refuse_any(
         source,
         f"every {kind} to have an id",
@@ -208,7 +198,7 @@ def _check_fields(
 def _check_boxes(
     source: str, annotations: list[dict[str, Any]], sizes: dict[Any, tuple[float, float]]
 ) -> int:
-    """Boxes have a size and lie in their image; returns how many stray ones have none."""
+    """Refuse boxes without a size or outside their image; the number of stray ones is returned."""
 
     def described(entry: dict[str, Any]) -> str:
         return f"annotation {entry['id']} of image {entry['image_id']} (bbox {entry['bbox']})"
@@ -217,23 +207,16 @@ def _check_boxes(
         for entry in annotations:
             x, y, box_width, box_height = entry["bbox"]
             width, height = sizes[entry["image_id"]]
-            if (
-                min(x, y) < -BORDER_TOLERANCE
-                or x + box_width > width + BORDER_TOLERANCE
-                or y + box_height > height + BORDER_TOLERANCE
-            ):
+            overhang = max(-x, -y, x + box_width - width, y + box_height - height)
+            if overhang > BORDER_TOLERANCE:
                 yield f"{described(entry)}, image {width} x {height}"
 
     zero_size = [entry for entry in annotations if min(entry["bbox"][2:]) == 0]
-    stray = len(zero_size) <= STRAY_SHARE * len(annotations)
+    least = 0 if len(zero_size) <= STRAY_SHARE * len(annotations) else math.ulp(0.0)
     _refuse_any(
         source,
         "boxes [x, y, width, height] with positive width and height",
-        (
-            described(entry)
-            for entry in annotations
-            if min(entry["bbox"][2:]) < (0 if stray else math.ulp(0.0))
-        ),
+        (described(entry) for entry in annotations if min(entry["bbox"][2:]) < least),
         "remove these annotations, or convert boxes that were stored as corners",
     )
     if zero_size:
@@ -276,13 +259,9 @@ def _check_files(source: str, images: list[dict[str, Any]], image_root: Path, sa
 
 def _refuse_any(source: str, expected: str, offenders: Iterable[str], remedy: str) -> None:
     """Fail if there are offenders, naming the first few and their number."""
-    found = list(offenders)
-    if not found:
-        return
-    named = "; ".join(found[:NAMED_OFFENDERS])
-    more = f"; and {len(found) - NAMED_OFFENDERS} more" if len(found) > NAMED_OFFENDERS else ""
-    fail(
-        expected=f"{expected} in {source}",
-        received=f"{len(found)} that do not: {named}{more}",
-        remedy=remedy,
-    )
+    names = list(offenders)
+    if names:
+        named = "; ".join(names[:NAMED_OFFENDERS])
+        more = f"; and {len(names) - NAMED_OFFENDERS} more" if len(names) > NAMED_OFFENDERS else ""
+        received = f"{len(names)} that do not: {named}{more}"
+        fail(expected=f"{expected} in {source}", received=received, remedy=remedy)

@@ -12,18 +12,15 @@ from kd_det.data.coco_json import category_names
 
 
 def write_subset(source: Path, target: Path, classes: Sequence[str]) -> Path:
-    """Write the annotations of some classes, in the order given.
+    """Write the annotations of some classes; returns ``target``.
 
-    Category ids are renumbered from 1, so the order is that of a model's outputs. Annotations of
-    other classes are left out; every image stays, if need be without any.
+    Category ids are renumbered from 1 in the order of ``classes``, which is then that of a model's
+    outputs. Annotations of other classes are left out. Every image stays.
 
     Args:
         source: COCO instances annotations.
-        target: file to write. One that is there with the same content is left alone.
+        target: file to write; a file with the same content is left as it is.
         classes: names of categories of ``source``, each once.
-
-    Returns:
-        ``target``.
 
     Raises:
         KDError: no source, an unknown or repeated class, or a target that holds something else.
@@ -45,13 +42,10 @@ def write_subset(source: Path, target: Path, classes: Sequence[str]) -> Path:
             remedy=f"choose among {', '.join(names)}",
         )
     content = json.loads(source.read_bytes())
-    ids = {
-        c["id"]: classes.index(c["name"]) + 1 for c in content["categories"] if c["name"] in classes
-    }
-    kept = [c for c in content["categories"] if c["id"] in ids]
-    content["categories"] = sorted(
-        ({**c, "id": ids[c["id"]]} for c in kept), key=lambda category: category["id"]
-    )
+    kept = [c for c in content["categories"] if c["name"] in classes]
+    kept.sort(key=lambda category: classes.index(category["name"]))
+    ids = {category["id"]: number for number, category in enumerate(kept, 1)}
+    content["categories"] = [{**c, "id": ids[c["id"]]} for c in kept]
     content["annotations"] = [
         {**a, "category_id": ids[a["category_id"]]}
         for a in content["annotations"]
