@@ -168,7 +168,7 @@ def test_two_cpu_processes_keep_one_ledger(options, tmp_path):
         "KD.KCD.PERIOD", "2", "DATASETS.TEST", "()", "OUTPUT_DIR", str(output),
         launcher=launcher,
     )  # fmt: skip
-    # Eight images, two stages of two iterations of two images, one of each process.
+    # Eight images, two periods of two iterations of two images, one of each process.
     last = {key: values[-1] for key, values in curves(output).items()}
     assert last["cost/measured"] == 100
     hook = torch.load(output / "model_final.pth", weights_only=True)["trainer"]["hooks"][
@@ -176,7 +176,7 @@ def test_two_cpu_processes_keep_one_ledger(options, tmp_path):
     ]
     state = hook["procedures"]["KCD"]
     assert int(state["ledger"]["count"].sum()) == 8
-    assert state["stage"] == 1
+    assert state["current_period"] == 1
     assert len(state["active"]) == state["counts"][1] == 7
 
 
