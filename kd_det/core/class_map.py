@@ -66,10 +66,8 @@ class ClassMap:
         """The map in one line, cut where there are many classes."""
         named = [f"{s} <- {t} ({k})" if s != t else f"{s} ({k})" for s, t, k in self.pairs()]
         rest = [self.teacher[k] for k in self.unmapped]
-        text = (
-            f"{self.student_classes} classes of the student from {self.teacher_classes} of the "
-            f"teacher (index): {listed(named)}"
-        )
+        counts = f"{self.student_classes} classes of the student from {self.teacher_classes}"
+        text = f"{counts} of the teacher (index): {listed(named)}"
         return f"{text}; unknown to the student: {listed(rest)}" if rest else text
 
 
@@ -83,8 +81,8 @@ def match_classes(
             that its side lacks; or two classes of the student on one of the teacher's.
     """
     own, others = as_names("the student's classes", student), as_names("the teacher's", teacher)
-    for side, names in (("student", own), ("teacher", others)):
-        _refuse_repeated(side, names)
+    _refuse_repeated("student", own)
+    _refuse_repeated("teacher", others)
     keys = as_names("KD.CLASS_MAP's student classes", list(class_map or {}))
     values = as_names("KD.CLASS_MAP's teacher classes", list((class_map or {}).values()))
     for side, given, known in (("student", keys, own), ("teacher", values, others)):

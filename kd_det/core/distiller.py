@@ -36,8 +36,7 @@ class Distiller(nn.Module):
         balance: adapts the weights to the run. Default: the configured weights.
 
     Attributes:
-        specs: the terms.
-        terms: the loss of each term, by name.
+        specs, terms: the terms, and the loss of each by name.
         metrics: of the last forward, detached scalars for logging: ``raw/<term>``, the loss
             without its weight; ``weight/<term>``, all that it was multiplied by; and, in steps in
             which the balance measured them, ``share/task`` and ``share/<term>``.

@@ -33,12 +33,9 @@ class Constant:
 @SCHEDULES.register("linear_warmup")
 @dataclass(frozen=True)
 class LinearWarmup:
-    """``min(1, step / iters)``, which is 0 in step 0.
+    """``min(1, step / iters)``, which is 0 in step 0, rising once in ``every`` steps.
 
-    Args:
-        iters: steps until the full weight.
-        every: steps between two rises. ReviewKD's weight on CIFAR rises once per epoch and is 0
-            in the first.
+    ReviewKD's weight on CIFAR rises once per epoch and is 0 in the first.
     """
 
     iters: int

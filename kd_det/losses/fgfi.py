@@ -47,12 +47,10 @@ def fgfi_mask(
     largest IoU that this box has on that level. Boxes that overlap no anchor mark no cell.
 
     Args:
-        anchors: per level ``[H * W * A, 4]``, rows ordered y, x, anchor; neither clipped nor
-            filtered.
+        anchors: per level ``[H * W * A, 4]``, ordered y, x, anchor; neither clipped nor filtered.
         gt_boxes: per image ``[G_i, 4]``; ``G_i`` may be 0.
         sizes: ``(H, W)`` per level.
-        strides: input pixels per cell, per level. Needed for ``assign="roi"`` with more than
-            one level.
+        strides: input pixels per cell, per level; ``assign="roi"`` needs them for several levels.
         threshold: psi, 0.5 in the paper.
         assign: the boxes that count on a level. ``"roi"``: those that FPN's RoI rule assigns to it
             (DeFeat; the only rule with a published positive result); ``"anchor"``: those whose
