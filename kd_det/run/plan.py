@@ -103,7 +103,7 @@ def read_plan(config: str | ConfigFile, opts: Sequence[str] = ()) -> Plan:
     """The stages and seeds of a config file with its overrides.
 
     Raises:
-        KDError: see :func:`kd_det.run.config.read_config`; an entry that is no stage or no seed,
+        KDError: see :func:`kd_det.run.yaml_files.read_config`; an entry that is no stage or no seed,
             or names that are used twice.
     """
     file = read_config(config)

@@ -47,8 +47,8 @@ OFFLINE = """
 import sys
 from pathlib import Path
 from fvcore.common.config import CfgNode
-from kd_det.config import add_kd_config
-from kd_det.loop.loggers import build_loggers
+from kd_det.run.config import add_kd_config
+from kd_det.hosts.lightning.loggers import build_loggers
 
 cfg = CfgNode()
 add_kd_config(cfg)
