@@ -103,8 +103,8 @@ def read_plan(config: str | ConfigFile, opts: Sequence[str] = ()) -> Plan:
     """The stages and seeds of a config file with its overrides.
 
     Raises:
-        KDError: see :func:`kd_det.run.yaml_files.read_config`; an entry that is no stage or no seed,
-            or names that are used twice.
+        KDError: see :func:`kd_det.run.yaml_files.read_config`; an entry that is no stage or no
+            seed, or names that are used twice.
     """
     file = read_config(config)
     given = {key: literal(value) for key, value in zip(opts[::2], opts[1::2], strict=False)}
