@@ -133,6 +133,11 @@ class SampleLedger:
             total += shared.cpu()
             new.zero_()
 
+    def add(self, sums: Tensor, counts: Tensor) -> None:
+        """Add visits that were recorded elsewhere: ``[N]`` sums of values and ``[N]`` counts."""
+        self._sum += sums.to(self._sum)
+        self._count += counts.to(self._count)
+
     def means(self) -> Tensor:
         """Mean value of each point over all its visits, float64 ``[N]``; 0 where unvisited."""
         return self.sum / self.count.clamp(min=1)
