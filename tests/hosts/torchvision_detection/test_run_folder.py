@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from kd_det.app.train import make_pictures
 from kd_det.hosts.torchvision_detection.train import run
 from kd_det.run.curves import CurveTag
 from kd_det.run.plan import Start
 from kd_det.run.record import read_record
-from kd_det.visualize.periodic import start_pictures
 from tests.hosts.run_folder import FILES
 from tests.hosts.torchvision_detection.models import ARCHITECTURES, batch, student_model
 
@@ -57,7 +57,7 @@ def test_a_run_leaves_its_record_log_metrics_and_curves(digits_config, capsys):
 
 def test_pictures_of_what_is_distilled_are_in_tensorboard(digits_config):
     cfg = digits_config("kd_frcnn", "VIS_PERIOD", 2, "DATASETS.TEST", "()")
-    run(cfg, progress=lambda *_: None, pictures=start_pictures)
+    run(cfg, progress=lambda *_: None, pictures=make_pictures)
     folder = Path(cfg.OUTPUT_DIR) / "tensorboard"
     assert EventAccumulator(str(folder)).Reload().Tags()["images"]
 
