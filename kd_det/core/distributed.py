@@ -5,6 +5,7 @@ Shapes: rank r holds ``N_r`` rows; every rank receives all ``N = N_0 + N_1 + ...
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,18 @@ def rank() -> int:
 def collective_device() -> torch.device:
     """The device of tensors that ranks exchange: NCCL accepts only those of the GPU."""
     return torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
+
+
+def end_process_groups() -> None:
+    """End the threads of the process groups; register it with ``atexit``.
+
+    A thread that still releases tensors while the interpreter ends can abort a process whose work
+    is done. Threads end with the last reference to their group, such as that of a model in DDP.
+    """
+    gc.collect()
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

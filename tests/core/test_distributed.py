@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kd_det.core.distributed import gather_aligned, gather_rows
+from kd_det.core.distributed import end_process_groups, gather_aligned, gather_rows
 from kd_det.core.errors import KDError
 from kd_det.losses import IRGLoss, IRGMovementLoss, MTKLoss
 
@@ -194,3 +194,11 @@ def test_a_group_of_one_rank_gets_its_own_rows_back(randn, tmp_path):
         assert gather_rows(rows) is rows
     finally:
         dist.destroy_process_group()
+
+
+def test_process_groups_end_once_and_where_there_are_none(tmp_path):
+    store = f"file://{tmp_path}/store"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    for _ in range(2):
+        end_process_groups()
+        assert not dist.is_initialized()

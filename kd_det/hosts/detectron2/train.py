@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import gc
 import json
 import os
 import sys
@@ -24,6 +23,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.file_io import PathManager
 from torch.multiprocessing import ProcessRaisedException
 
+from kd_det.core.distributed import end_process_groups
 from kd_det.core.errors import KDError, fail
 from kd_det.core.files import replace_text
 from kd_det.hosts.base import MakePictures, Progress
@@ -152,15 +152,8 @@ def _run_under_torchrun(
 
 
 def _leave_torchrun() -> None:
-    """End the threads of the process groups while the interpreter is still there.
-
-    One that is still letting go of tensors after that can abort a process whose work is done. They
-    end with the last reference to a group: that of a model in DDP, or Detectron2's own.
-    """
-    comm._LOCAL_PROCESS_GROUP = None
-    gc.collect()
-    torch.distributed.destroy_process_group()
-    gc.collect()
+    comm._LOCAL_PROCESS_GROUP = None  # Detectron2's own reference
+    end_process_groups()
 
 
 def _work(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import sys
@@ -12,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from kd_det.core.distributed import end_process_groups, world_size
 from kd_det.core.files import replace_text
 from kd_det.hosts.lightning.loggers import build_loggers
 from kd_det.hosts.lightning.module import DistillationModule
@@ -56,6 +58,9 @@ def conduct(
             results = lit.final_results()
             if trainer.is_global_zero:
                 replace_text(run.output / RESULTS, json.dumps(results, indent=2) + "\n")
+    if world_size() > 1:
+        # Kept until the end: STAGES and SEEDS are several runs of one process group.
+        atexit.register(end_process_groups)
     if trainer.is_global_zero:
         print(*_result_lines(results), sep="\n")
     return results
