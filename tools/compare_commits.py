@@ -297,7 +297,9 @@ def equal(one: Any, other: Any) -> bool:
     """Tensors bit by bit, whatever else by value."""
     if isinstance(one, torch.Tensor):
         same = isinstance(other, torch.Tensor) and one.dtype == other.dtype
-        return same and one.shape == other.shape and bool((one == other).all() | one.isnan().any())
+        if not same or one.shape != other.shape:
+            return False
+        return bool(((one == other) | (one.isnan() & other.isnan())).all())
     if isinstance(one, Mapping):
         return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
     if isinstance(one, (list, tuple)):
